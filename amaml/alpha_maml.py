@@ -1,0 +1,190 @@
+"""Alpha MAML: MAML whose two learning rates adapt themselves online.
+
+Equation 9 and Algorithm 2 of Behl et al. (2019), as a pure function from one state to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from amaml.maml import (
+    Loss,
+    accuracy,
+    as_scalar,
+    check_inner_steps,
+    check_module,
+    inner_loop,
+    meta_gradient,
+    same_dtype,
+)
+from amaml.tasks import Tasks
+
+META_OPTIMIZERS = ("sgd", "adam")
+
+
+class MetaState(NamedTuple):
+    """All that Alpha MAML carries from one iteration to the next; tensors only.
+
+    theta      dict by parameter name: the initialisation that is being learned
+    alpha      scalar: inner learning rate of the next iteration
+    beta       scalar: meta learning rate of the iteration just done
+    direction  dict like theta: the last meta-step went along minus this (with the meta-optimiser
+               "sgd" it is the previous meta-gradient); zeros before the first iteration
+    moments    dict of dicts, empty for "sgd"; for "adam" its first and second moment, and `count`
+    """
+
+    theta: dict[str, Tensor]
+    alpha: Tensor
+    beta: Tensor
+    direction: dict[str, Tensor]
+    moments: dict
+
+
+def init_state(
+    model: nn.Module, alpha: float, beta: float, *, meta_optimizer: str = "sgd"
+) -> MetaState:
+    """The state before the first iteration; `model`'s trainable parameters are copied.
+
+    `alpha` and `beta` are the starting rates, finite and not negative (0 is allowed: hypergradient
+    descent can leave it). `meta_optimizer` is "sgd", as in the paper, or "adam". Raises ValueError
+    for rates or a meta-optimiser out of range, and for a model that `meta_gradient` refuses.
+    """
+    check_module(model)
+    theta = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    if not theta:
+        raise ValueError("the model has no trainable parameter, so there is nothing to learn")
+    like = next(iter(theta.values()))
+    rates = {}
+    for name, rate in (("alpha", alpha), ("beta", beta)):
+        rates[name] = as_scalar(name, rate, like).detach().clone()
+        if not math.isfinite(rates[name]) or rates[name] < 0:
+            raise ValueError(f"{name}={float(rate)}: a starting rate must be finite and >= 0")
+    if meta_optimizer not in META_OPTIMIZERS:
+        raise ValueError(
+            f"meta_optimizer={meta_optimizer!r}: known are {', '.join(META_OPTIMIZERS)}"
+        )
+    moments = {}
+    if meta_optimizer == "adam":
+        moments = {"first": zeros_like(theta), "second": zeros_like(theta)}
+        moments["count"] = torch.zeros_like(rates["beta"])
+    return MetaState(theta, **rates, direction=zeros_like(theta), moments=moments)
+
+
+def meta_step(
+    model: nn.Module,
+    state: MetaState,
+    tasks: Tasks,
+    *,
+    hyper_alpha: float | Tensor = 0.0,
+    hyper_beta: float | Tensor = 0.0,
+    inner_steps: int = 1,
+    first_order: bool = False,
+    loss: Loss = F.cross_entropy,
+) -> tuple[MetaState, dict[str, Tensor]]:
+    """One iteration of Algorithm 2: returns the next state, and what was measured on the way.
+
+    The gradient over the meta-batch is the mean over its tasks (equation 9 has the sum; the
+    difference is a change of scale of beta and of the hyper rates). `hyper_alpha` = `hyper_beta`
+    = 0 is MAML, Algorithm 1. The rates are not clamped.
+
+    `metrics` holds scalars: `support_loss` (at theta), `query_loss` and `query_accuracy` (at
+    theta_prime), the `alpha` and `beta` of this iteration, `gradient_norm` of the meta-gradient,
+    and the two hypergradients `d_alpha` (equation 4) and `d_beta` (equation 6).
+    """
+    theta, alpha, beta, direction, moments = state
+    gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)
+        model, theta, alpha, tasks, inner_steps=inner_steps, first_order=first_order, loss=loss
+    )
+    d_beta = -dot(gradient, direction)  # (6)
+    beta = descend(beta, hyper_beta, d_beta)  # (9), second line
+    direction, moments = descent_direction(gradient, moments)
+    theta = {name: theta[name] - beta * direction[name] for name in theta}  # (9), third line
+    metrics |= {"alpha": alpha, "beta": beta, "gradient_norm": dot(gradient, gradient).sqrt()}
+    metrics |= {"d_alpha": d_alpha, "d_beta": d_beta}
+    alpha = descend(alpha, hyper_alpha, d_alpha)  # (9), first line: for the next iteration
+    return MetaState(theta, alpha, beta, direction, moments), metrics
+
+
+def evaluate(
+    model: nn.Module,
+    state: MetaState,
+    tasks: Tasks,
+    *,
+    inner_steps: int = 1,
+    loss: Loss = F.cross_entropy,
+) -> dict[str, float]:
+    """Query loss and accuracy after adaptation, means over the tasks with 95 % intervals.
+
+    Returns `query_loss`, `query_loss_ci95` and, for the cross-entropy, `query_accuracy` (0..1) and
+    `query_accuracy_ci95`: each interval is mean +- ci95, 1.96 standard errors over the tasks (not
+    a number for a single task). With a model that normalises by batch statistics the query set is
+    seen as a whole: the accuracy is transductive.
+    """
+    check_module(model)
+    check_inner_steps(inner_steps)
+    theta, (support_x, query_x) = same_dtype(state.theta, tasks.support_x, tasks.query_x)
+
+    def task_metrics(support_x, support_y, query_x, query_y):
+        theta_prime, _ = inner_loop(
+            model, theta, state.alpha, support_x, support_y, inner_steps, False, loss
+        )
+        prediction = functional_call(model, theta_prime, (query_x,))
+        metrics = {"query_loss": loss(prediction, query_y)}
+        if loss is F.cross_entropy:
+            metrics["query_accuracy"] = accuracy(prediction, query_y)
+        return metrics
+
+    measured = vmap(task_metrics, chunk_size=32)(  # in chunks: 1,000 tasks must fit into memory
+        support_x, tasks.support_y, query_x, tasks.query_y
+    )
+    summary = {}
+    for name, values in measured.items():
+        values = values.double()
+        error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        summary[name], summary[f"{name}_ci95"] = float(values.mean()), float(1.96 * error)
+    return summary
+
+
+def descend(rate: Tensor, hyper_rate: float | Tensor, hypergradient: Tensor) -> Tensor:
+    """One step of gradient descent on a learning rate.
+
+    A hyper rate of zero leaves the rate alone also where the hypergradient is not finite, since
+    0 * inf is not a number.
+    """
+    hyper_rate = torch.as_tensor(hyper_rate, dtype=rate.dtype, device=rate.device)
+    return torch.where(hyper_rate == 0, rate, rate - hyper_rate * hypergradient)
+
+
+def descent_direction(gradient: dict[str, Tensor], moments: dict) -> tuple[dict[str, Tensor], dict]:
+    """What the meta-step goes along: the gradient itself, or Adam's direction (Kingma and Ba 2015).
+
+    With Adam the hypergradient of beta is taken against this direction, as in hypergradient
+    descent for Adam (Baydin et al. 2018, algorithm 3).
+    """
+    if not moments:
+        return gradient, moments
+    decay_1, decay_2, epsilon = 0.9, 0.999, 1e-8
+    count = moments["count"] + 1
+    first, second, direction = {}, {}, {}
+    for name, g in gradient.items():
+        first[name] = decay_1 * moments["first"][name] + (1 - decay_1) * g
+        second[name] = decay_2 * moments["second"][name] + (1 - decay_2) * g * g
+        unbiased_first = first[name] / (1 - decay_1**count)
+        unbiased_second = second[name] / (1 - decay_2**count)
+        direction[name] = unbiased_first / (unbiased_second.sqrt() + epsilon)
+    return direction, {"first": first, "second": second, "count": count}
+
+
+def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    """The dot product over all parameters."""
+    return sum((a[name] * b[name]).sum() for name in a)
+
+
+def zeros_like(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in theta.items()}

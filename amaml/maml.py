@@ -1,0 +1,175 @@
+"""MAML's inner loop and meta-gradient: equations 1 to 4 of Behl et al. (2019).
+
+Everything is a pure function of the parameters `theta` (a dict by parameter name) and the inner
+learning rate `alpha`. The tasks of a meta-batch run side by side in one `torch.func.vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn import functional as F
+
+from amaml.tasks import Tasks
+
+Theta = Mapping[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def adapt(
+    model: nn.Module,
+    theta: Theta,
+    alpha: float | Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    inner_steps: int = 1,
+    first_order: bool = False,
+    loss: Loss = F.cross_entropy,
+) -> dict[str, Tensor]:
+    """The parameters adapted to one task, theta_prime: equation 1, `inner_steps` times.
+
+    `x` (examples, ...) and `y` (examples, ...) are the support set of one task. The result is
+    differentiable in `theta` and `alpha`; with `first_order` the inner gradients count as
+    constants (section 5.2 of Finn et al. 2017). Parameters named in `model.meta_only`, if the
+    model has that attribute, are left as they are.
+    """
+    check_module(model)
+    check_inner_steps(inner_steps)
+    theta, (x,) = same_dtype(theta, x)
+    return inner_loop(model, theta, alpha, x, y, inner_steps, first_order, loss)[0]
+
+
+def inner_loop(
+    model: nn.Module,
+    theta: Theta,
+    alpha: float | Tensor,
+    x: Tensor,
+    y: Tensor,
+    inner_steps: int,
+    first_order: bool,
+    loss: Loss,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`adapt` without its checks: theta_prime, and the support loss at theta (before any step)."""
+    meta_only = getattr(model, "meta_only", frozenset())
+    adapted = {name: value for name, value in theta.items() if name not in meta_only}
+
+    def support_loss(adapted: Theta) -> Tensor:
+        return loss(functional_call(model, {**theta, **adapted}, (x,)), y)
+
+    first_loss = None
+    for _ in range(inner_steps):
+        gradient, value = grad_and_value(support_loss)(adapted)
+        first_loss = value if first_loss is None else first_loss
+        if first_order:
+            gradient = {name: g.detach() for name, g in gradient.items()}
+        adapted = {name: adapted[name] - alpha * gradient[name] for name in adapted}  # (1)
+    return {**theta, **adapted}, first_loss
+
+
+def meta_gradient(
+    model: nn.Module,
+    theta: Theta,
+    alpha: float | Tensor,
+    tasks: Tasks,
+    *,
+    inner_steps: int = 1,
+    first_order: bool = False,
+    loss: Loss = F.cross_entropy,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """The gradient of the mean query loss after adaptation, with respect to theta and to alpha.
+
+    Returns `(gradient, d_alpha, metrics)`: the meta-gradient of equation 3 as a dict like `theta`;
+    the hypergradient of equation 4, a scalar, out of the same backward pass; and the tasks' mean
+    `support_loss` (at theta, before adaptation), `query_loss` (at theta_prime) and, for the
+    cross-entropy, `query_accuracy` in 0..1. All are means over the tasks of the meta-batch.
+
+    `model` is any `nn.Module` without running statistics. `loss(prediction, y)` gives a scalar for
+    one task. The second-order term is left out with `first_order`. Tasks or theta in float64 give
+    results in float64.
+
+    The gradient is taken task by task and averaged afterwards, never of the average: the latter
+    order of `torch.func` transforms is silently wrong through torch's own normalisation layers.
+    """
+    check_module(model)
+    check_inner_steps(inner_steps)
+    theta, (support_x, query_x) = same_dtype(theta, tasks.support_x, tasks.query_x)
+    alpha = as_scalar("alpha", alpha, support_x)
+
+    def task_loss(theta, alpha, support_x, support_y, query_x, query_y):
+        theta_prime, support_loss = inner_loop(
+            model, theta, alpha, support_x, support_y, inner_steps, first_order, loss
+        )
+        prediction = functional_call(model, theta_prime, (query_x,))
+        query_loss = loss(prediction, query_y)
+        metrics = {"support_loss": support_loss, "query_loss": query_loss}
+        if loss is F.cross_entropy:
+            metrics["query_accuracy"] = accuracy(prediction, query_y)
+        return query_loss, metrics
+
+    per_task = grad_and_value(task_loss, argnums=(0, 1), has_aux=True)  # (3) and (4) in one pass
+    (gradient, d_alpha), (_, metrics) = vmap(per_task, in_dims=(None, None, 0, 0, 0, 0))(
+        theta, alpha, support_x, tasks.support_y, query_x, tasks.query_y
+    )
+    gradient = {name: g.mean(0) for name, g in gradient.items()}
+    return gradient, d_alpha.mean(0), {name: m.mean(0) for name, m in metrics.items()}
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """The share of examples, in 0..1, whose largest logit is that of their label."""
+    return (logits.argmax(-1) == y).to(logits.dtype).mean()
+
+
+def same_dtype(theta: Theta, *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """theta and the inputs in the wider of their floating-point dtypes."""
+    dtype = next(iter(theta.values())).dtype
+    for x in inputs:
+        if x.is_floating_point():
+            dtype = torch.promote_types(dtype, x.dtype)
+    theta = {name: value.to(dtype) for name, value in theta.items()}
+    return theta, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A rate as a tensor without dimensions; ValueError for anything but one number."""
+    value = torch.as_tensor(value, device=like.device)
+    if value.ndim != 0:
+        raise ValueError(
+            f"{name} must be one number, as in the paper; got a tensor of shape "
+            f"{tuple(value.shape)}"
+        )
+    return value.to(like.dtype if like.is_floating_point() else torch.get_default_dtype())
+
+
+def check_inner_steps(inner_steps: int) -> None:
+    """Raise TypeError or ValueError unless `inner_steps` is a whole number of at least 1."""
+    if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
+        raise TypeError(f"inner_steps must be a whole number, not {inner_steps!r}")
+    if inner_steps < 1:
+        raise ValueError(f"inner_steps={inner_steps}: at least 1 is needed")
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise unless `model` is a function of its parameters and its input alone.
+
+    TypeError for anything but an `nn.Module`; ValueError for running statistics (they would tie
+    the tasks of a meta-batch together and leak from training to evaluation) and for dropout
+    (its random numbers come from no generator of ours, so a run could not be repeated).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "running_mean", None) is not None:
+            raise ValueError(
+                f"{name or 'the model'} is a {kind} with running statistics; build it with "
+                "track_running_stats=False, so that each set is normalised by itself"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"{name or 'the model'} is a {kind} with p={module.p}; its random draws cannot be "
+                "repeated from a seed: take it out, set p=0 or call model.eval()"
+            )

@@ -1,0 +1,166 @@
+"""Many runs: on this machine's cores or over a Dask cluster, and the records of a whole figure.
+
+`python -m amaml.sweep --figure figure_1 --profile medium` trains what is missing of a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from amaml import experiments, records
+from amaml.training import Run, RunConfig, train
+
+POINTS = 500  # rows a run that are published, at most
+
+
+def run_all(
+    configs: Iterable[RunConfig],
+    out: str | Path = "runs",
+    client=None,
+    *,
+    root: str | Path | None = None,
+    progress: bool = True,
+    on_finish: Callable[[Run], None] | None = None,
+) -> pd.DataFrame:
+    """Make many runs and return one tidy table: a row an iteration, the config's fields beside.
+
+    Finished runs are read and not made again, unfinished ones resume: a sweep that was killed is
+    simply called again. `client` is a `dask.distributed.Client`; None starts workers on this
+    machine, one a core with one torch thread each. `on_finish(run)` is called for each run as it
+    finishes. A run that fails with an error does not stop the others: a RuntimeError at the end
+    lists those that failed, with their configs.
+    """
+    configs = list(dict.fromkeys(configs))
+    runs, failed = {}, {}
+    with workers(client, len(configs)) as client:
+        from distributed import as_completed
+
+        futures = {
+            client.submit(train_alone, config, str(Path(out).absolute()), root, pure=False): config
+            for config in configs
+        }
+        bar = tqdm(total=len(configs), unit="run", file=sys.stdout, disable=not progress)
+        with bar:
+            for future in as_completed(futures):
+                config = futures[future]
+                if future.status == "finished":
+                    runs[config] = future.result()
+                    if on_finish is not None:
+                        on_finish(runs[config])
+                else:
+                    failed[config] = future.exception()
+                bar.update()
+                statuses = pd.Series([run.status for run in runs.values()], dtype=str)
+                counts = statuses.value_counts().to_dict()
+                bar.set_postfix(counts | ({"failed": len(failed)} if failed else {}))
+    if failed:
+        lines = "\n".join(f"{config}: {error!r}" for config, error in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(configs)} runs failed:\n{lines}")
+    return pd.concat([tabulate(runs[config]) for config in configs], ignore_index=True)
+
+
+def train_alone(config: RunConfig, out: str, root) -> Run:
+    """One run in a worker process, with one thread: as many runs as cores go at a time."""
+    torch.set_num_threads(1)
+    return train(config, out, root=root, progress=False)
+
+
+@contextmanager
+def workers(client, n_runs: int):
+    """The client that was given, or one of a local cluster that ends with the sweep."""
+    if client is not None:
+        yield client
+        return
+    from distributed import Client, LocalCluster
+
+    n_workers = max(1, min(len(os.sched_getaffinity(0)), n_runs))
+    with (
+        LocalCluster(n_workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def tabulate(run: Run, labels: dict | None = None) -> pd.DataFrame:
+    """A run's metrics with its id, labels, config and status in every row."""
+    columns = {"run": run.id, **(labels or {}), **asdict(run.config), "status": run.status}
+    return pd.concat(
+        [pd.DataFrame([columns] * len(run.metrics)), run.metrics.reset_index(drop=True)], axis=1
+    )
+
+
+def figure_records(
+    figure: str,
+    profile: str,
+    *,
+    retrain: bool = False,
+    out: str | Path = "runs",
+    folder: str | Path = records.RECORDS,
+    client=None,
+    root: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The table that a figure is drawn from: its published records, after training what is missing.
+
+    Each run is published to `folder` as it finishes. With `retrain` all runs are made, and their
+    records replaced.
+    """
+    labelled = experiments.runs_of(figure, profile)
+    labels = {config.id: label for label, config in labelled}
+    table, made_by = records.read_records(figure, profile, folder)
+    wanted = table["run"].isin([] if retrain else list(labels))
+    table, finished = table[wanted], set(table["run"][wanted])
+    made_by = [batch | {"runs": sorted(finished & set(batch["runs"]))} for batch in made_by]
+    made_by = [batch for batch in made_by if batch["runs"]]
+
+    def publish(run: Run) -> None:
+        nonlocal table
+        new = tabulate(run, labels[run.id]).drop(columns=[])
+        new = records.thin(new, POINTS)
+        table = pd.concat([table, new], ignore_index=True) if len(table) else new
+        result = records.read_json(Path(out) / run.id / "result.json")
+        add_batch(made_by, run.id, result)
+        records.write_records(figure, profile, table, made_by, folder)
+
+    missing = [config for _, config in labelled if config.id not in finished]
+    if missing:
+        run_all(missing, out, client, root=root, progress=progress, on_finish=publish)
+    return table
+
+
+def add_batch(made_by: list[dict], run_id: str, result: dict) -> None:
+    """Enter a run into the header under what made it, with the seconds it took."""
+    maker = {key: result[key] for key in ("commit", "clean", "versions", "machine", "threads")}
+    for batch in made_by:
+        if {key: batch[key] for key in maker} == maker:
+            batch["runs"] = sorted([*batch["runs"], run_id])
+            batch["seconds"] = round(batch["seconds"] + result["seconds"], 1)
+            return
+    made_by.append(maker | {"runs": [run_id], "seconds": result["seconds"]})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m amaml.sweep", description=__doc__)
+    parser.add_argument("--figure", required=True, choices=list(experiments.FIGURES))
+    parser.add_argument("--profile", required=True, choices=list(experiments.PROFILES))
+    parser.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--data", default=None, help="folder of Omniglot (default: $AMAML_DATA)")
+    parser.add_argument("--retrain", action="store_true", help="replace the published records")
+    given = parser.parse_args(arguments)
+    figure_records(
+        given.figure, given.profile, retrain=given.retrain, out=given.out, root=given.data
+    )
+
+
+if __name__ == "__main__":
+    main()
