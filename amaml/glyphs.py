@@ -1,13 +1,13 @@
 """An Omniglot-like set of handwriting, drawn from the fonts that matplotlib ships.
 
-For readers without the Omniglot data: every character here is drawn once by each of the same 20
-"writers". A writer is a font style, a pen width, a size, a slant and a smooth distortion of its
-own; to that comes a smaller distortion drawn afresh for each drawing, as a hand varies.
-The fonts hold 15 scripts; CAP limits the large ones, so that none dominates, which leaves
-000 characters. Letters that look alike (o and O, or A in Latin, Greek and Cyrillic) are kept once.
+For readers without the Omniglot data: 602 characters of 15 scripts, each drawn once by the same
+20 writers. A writer is a font style, a pen width, a size, a slant and a smooth distortion, to
+which comes a further distortion drawn afresh each time, as a hand varies. Of letters that look
+alike (o and O, or A in Latin, Greek and Cyrillic) one is kept, and of a large script at most 90.
 
-All chance comes from uniform draws of one PCG64 generator in a fixed order, and outlines are
-rounded to 1/64 pixel before they are rendered: one seed gives the same pixels on every machine.
+All chance comes from uniform draws of one generator in a fixed order, and outlines are rounded to
+1/64 pixel before they are rendered: with one version of matplotlib, and so of its fonts, a seed
+gives the same pixels on every machine.
 """
 
 import unicodedata
@@ -17,207 +17,169 @@ from pathlib import Path
 import numpy as np
 
 SIDE = 28  # pixels of a drawing, each way
-CAP = 80  # characters of one script at most
-# Script names as in the list of names, and how the Unicode names of their letters begin. Of
-# letters that look alike, the one in the earlier script stays.
-SCRIPTS = {
-    "Latin": "LATIN",
-    "Greek": "GREEK",
-    "Coptic": "COPTIC",
-    "Cyrillic": "CYRILLIC",
-    "Armenian": "ARMENIAN",
-    "Georgian": "GEORGIAN",
-    "Hebrew": "HEBREW",
-    "Arabic": "ARABIC",
-    "NKo": "NKO",
-    "Lao": "LAO",
-    "Tifinagh": "TIFINAGH",
-    "Ogham": "OGHAM",
-    "Old_Italic": "OLD ITALIC",
-    "Lisu": "LISU",
-    "Canadian_Syllabics": "CANADIAN SYLLABICS",
-}
-REFERENCE = "DejaVuSans"  # the one font that has every character
-# The writers' fonts; where one lacks a character, its writer takes the next, then REFERENCE.
-STYLES = [
-    ["DejaVuSans"],
-    ["DejaVuSerif", "DejaVuSans-Oblique"],
-    ["DejaVuSansMono", "DejaVuSans-Bold"],
-    ["STIXGeneral", "DejaVuSerif", "DejaVuSans"],
-    ["DejaVuSans-Oblique"],
-    ["STIXGeneralItalic", "DejaVuSerif-Italic", "DejaVuSans-Oblique"],
-    ["DejaVuSans-Bold"],
-    ["DejaVuSerif-Italic", "DejaVuSans-BoldOblique", "DejaVuSans-Bold"],
-    ["DejaVuSansMono-Oblique", "DejaVuSans-Oblique"],
-    ["DejaVuSerif-Bold", "DejaVuSans-Bold"],
-]
-STYLES = STYLES * 2
-WAVES = 3  # of each distortion
-HABITS = 6 + 5 * WAVES
+CAP = 90  # characters of one script at most
+ALIKE = 0.085  # letters closer than this count as the same; set by looking at the pairs around it
+# Of letters that look alike the one in the earlier script stays. The names are spelt as Omniglot
+# would spell them; in capitals they begin the Unicode names of the script's letters.
+SCRIPTS = """Latin Greek Coptic Cyrillic Armenian Georgian Hebrew Arabic NKo Lao Tifinagh Ogham
+    Old_Italic Lisu Canadian_Syllabics""".split()
+UNFIT = "ꙮﹳӋӶ"  # the first two would be blobs, the others are interchanged in one of the fonts
+# What each writer's letters are made of: the first of these fonts that has the letter, or else
+# REFERENCE, which has them all. Ten styles, two writers each.
+REFERENCE = "DejaVuSans"
+STYLES = """DejaVuSans, DejaVuSerif DejaVuSans-Oblique, DejaVuSansMono DejaVuSans-Bold,
+    STIXGeneral DejaVuSerif, STIXGeneralItalic DejaVuSerif-Italic DejaVuSans-Oblique,
+    DejaVuSans-Oblique, DejaVuSans-Bold, DejaVuSerif-Italic DejaVuSans-BoldOblique DejaVuSans-Bold,
+    DejaVuSansMono-Oblique DejaVuSans-Oblique, DejaVuSerif-Bold DejaVuSans-Bold"""
+WRITERS = 2 * [style.split() for style in STYLES.split(",")]
+# How far writers differ in pen width, slant, turn, width, size and place (across, up), in pixels
+# or as shares of the letter, and how far the drawings of one writer do.
+HABITS = np.array([0.45, 0.15, 0.04, 0.12, 1.2, 0.0, 0.0])
+MOODS = np.array([0.15, 0.12, 0.12, 0.12, 1.0, 1.9, 1.9])
+TRAITS, WAVES = len(HABITS), 3  # WAVES of five numbers each make one distortion
+MOVE, LINE, CURVE, CLOSE = 1, 2, 3, 79  # matplotlib's path codes
 
 
-def outline(font, character):
-    """The contours of a glyph in font units, as closed polygons fine enough to be bent."""
+def letters(font):
+    """(script, letter) of all letters of a font, in the order of SCRIPTS, then of Unicode."""
+    whole = [
+        c
+        for c in map(chr, sorted(font.get_charmap()))
+        if unicodedata.category(c) in ("Lu", "Ll", "Lo") and unicodedata.normalize("NFKD", c) == c
+    ]
+    names = {c: unicodedata.name(c) for c in whole if c not in UNFIT}
+    starts = {script: script.upper().replace("_", " ") + " " for script in SCRIPTS}
+    return [(script, c) for script in SCRIPTS for c in names if names[c].startswith(starts[script])]
+
+
+def outline(font, letter):
+    """The contours of a letter in font units: polygons of so many points that they bend well."""
     from matplotlib.ft2font import LoadFlags
-    from matplotlib.path import Path as Outline
 
-    font.load_char(ord(character), flags=LoadFlags.NO_SCALE)
+    font.load_char(ord(letter), flags=LoadFlags.NO_SCALE)
     vertices, codes = font.get_path()
-    steps = np.arange(8)[:, None] / 8
+    t = np.arange(8) / 8
+    bezier = np.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2], 1)
     contours = []
-    for part in np.split(np.arange(len(codes)), np.flatnonzero(codes == Outline.MOVETO)[1:]):
-        points, kinds = vertices[part], codes[part]
+    for part in np.split(np.arange(len(codes)), np.flatnonzero(codes == MOVE)[1:]):
+        points, curve = vertices[part], codes[part] == CURVE
         points[-1] = points[0]  # the last one closes the contour
-        ends = np.flatnonzero((kinds != Outline.CURVE3) | (np.cumsum(kinds == 3) % 2 == 0))
+        ends = np.flatnonzero(~curve | (np.cumsum(curve) % 2 == 0))  # curves: control point, end
         start, end = points[ends[:-1]], points[ends[1:]]
-        # A straight line is a quadratic curve whose control point lies in its middle.
-        curved = (kinds[ends[1:]] == Outline.CURVE3)[:, None]
-        control = np.where(curved, points[ends[1:] - 1], (start + end) / 2)
-        real = (start != end).any(1)
-        a, b, c = start[real], control[real], end[real]
-        fine = [(1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c for t in steps]
-        contours.append(np.stack(fine, 1).reshape(-1, 2))
-    return [c for c in contours if len(c)]
-
-
-def thinned(contours, share=0.8):
-    """Contours moved inwards until `share` of the glyph's own stroke width is gone.
-
-    What is left is close to a skeleton, to be drawn with a pen of any width. Returns the points,
-    with each contour's first one repeated at its end, and matplotlib's path codes.
-    """
-    nexts = [np.roll(c, -1, 0) for c in contours]
-    area = sum(np.sum(c[:, 0] * n[:, 1] - c[:, 1] * n[:, 0]) for c, n in zip(contours, nexts)) / 2
-    length = sum(np.hypot(*(n - c).T).sum() for c, n in zip(contours, nexts))
-    depth = share * area / length  # a stroke of width w has area / length = w / 2
-    points, codes = [], []
-    for contour, after in zip(contours, nexts):
-        edge = after - contour
-        normal = edge[:, ::-1] * [-1, 1] / np.hypot(*edge.T)[:, None]
-        both = normal + np.roll(normal, 1, 0)
-        # Exact in corners up to about 100 degrees, less in sharper ones to keep them in place.
-        moved = contour + depth * both / np.maximum((both**2).sum(1, keepdims=True) / 2, 0.8)
-        points += [moved, moved[:1]]
-        codes += [1] + [2] * (len(moved) - 1) + [79]
-    return np.concatenate(points), np.array(codes, np.uint8)
+        # A straight line is a curve whose control point lies in its middle.
+        control = np.where(curve[ends[1:], None], points[ends[1:] - 1], (start + end) / 2)
+        pieces = np.stack([start, control, end], 1)[(start != end).any(1)]
+        contours.append((bezier @ pieces).reshape(-1, 2))
+    return [contour for contour in contours if len(contour)]
 
 
 def fitted(points, size=1.0):
-    """The points, centred and scaled so that the longer side of their box has this size."""
+    """The points centred, and scaled so that the longer side of their box has this size."""
     low, high = points.min(0), points.max(0)
     return (points - (low + high) / 2) * (size / (high - low).max())
 
 
-def bent(points, waves, amount):
-    """Points of a unit box pushed by smooth waves; `waves` are (WAVES, 5) numbers in [0, 1)."""
-    cycles, phase, push = waves[:, :2] * 2 - 1, waves[:, 2], waves[:, 3:] * 2 - 1
-    return points + amount * np.sin(2 * np.pi * (points @ cycles.T + phase)) @ push
+def thinned(contours, share=0.75):
+    """Nearly the skeleton of a letter, for a pen of any width: points of size 1, path codes.
+
+    The contours are moved inwards until `share` of the width of the strokes is gone.
+    """
+    edges = [np.roll(contour, -1, 0) - contour for contour in contours]
+    pairs = list(zip(contours, edges, strict=True))
+    twice_area = sum((c[:, 0] * e[:, 1] - c[:, 1] * e[:, 0]).sum() for c, e in pairs)
+    length = sum(np.hypot(*edge.T).sum() for edge in edges)
+    depth = share * twice_area / length / 2  # a stroke is about twice_area / length wide
+    points, codes = [], []
+    for contour, edge in pairs:
+        normal = np.stack([-edge[:, 1], edge[:, 0]], 1) / np.hypot(*edge.T)[:, None]
+        mean = (normal + np.roll(normal, 1, 0)) / 2
+        # Exact but in sharp corners, where the bound keeps the point from shooting away.
+        moved = contour + depth * mean / np.maximum((mean**2).sum(1, keepdims=True), 0.4)
+        points += [moved, moved[:1]]  # the last one goes with the code that closes the contour
+        codes += [MOVE] + [LINE] * (len(moved) - 1) + [CLOSE]
+    return fitted(np.concatenate(points)), np.array(codes, np.uint8)
 
 
-def sheet(drawings, pens):
-    """Render (points, codes), in pixels about the centre of a cell: (n, SIDE, SIDE) uint8."""
+def bent(points, numbers, reach):
+    """The points of a unit box pushed along smooth waves, which are made of numbers in [0, 1)."""
+    waves = numbers.reshape(WAVES, 5)
+    cycles, phase, push = 2 * waves[:, :2] - 1, waves[:, 2], 2 * waves[:, 3:] - 1
+    return points + reach * np.sin(2 * np.pi * (points @ cycles.T + phase)) @ push
+
+
+def written(points, codes, habit, mood):
+    """What the hand of this habit writes in this mood: points in pixels, path codes, pen width."""
+    points = bent(bent(points, habit[TRAITS:], 0.06), mood[TRAITS:], 0.055)
+    traits = (2 * habit[:TRAITS] - 1) * HABITS + (2 * mood[:TRAITS] - 1) * MOODS
+    pen, slant, turn, width, size = traits[:5]
+    points = points @ [[1 + width, turn], [slant - turn, 1.0]]
+    return fitted(points, 19 + size) + traits[5:], codes, 1.7 + pen
+
+
+def rendered(drawings):
+    """Render (points, path codes, pen width), each about its centre: uint8 (n, SIDE, SIDE)."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.path import Path as Outline
     from matplotlib.transforms import IdentityTransform
 
     renderer = RendererAgg(SIDE * len(drawings), SIDE, 72)  # at 72 dpi a point is a pixel
     pixels = np.asarray(renderer.buffer_rgba())
-    pixels[:] = 0, 0, 0, 255
-    for i, ((points, codes), pen) in enumerate(zip(drawings, pens)):
-        ink = renderer.new_gc()
-        ink.set_foreground("white")
-        ink.set_linewidth(pen)
-        ink.set_joinstyle("round")
-        ink.set_snap(False)
-        points = np.round((points + [SIDE * (i + 0.5), SIDE / 2]) * 64) / 64
-        renderer.draw_path(ink, Outline(points, codes), IdentityTransform(), (1.0, 1.0, 1.0))
-    return pixels[:, :, 0].reshape(SIDE, -1, SIDE).swapaxes(0, 1).copy()
+    pixels[:] = 255
+    pen = renderer.new_gc()  # black, with round joins
+    pen.set_snap(False)
+    for i, (points, codes, width) in enumerate(drawings):
+        pen.set_linewidth(width)
+        points = np.round((points + np.array([SIDE * (i + 0.5), SIDE / 2])) * 64) / 64
+        renderer.draw_path(pen, Outline(points, codes), IdentityTransform(), (0.0, 0.0, 0.0))
+    return 255 - pixels[:, :, 0].reshape(SIDE, -1, SIDE).swapaxes(0, 1)
 
 
-def look_alikes(images, threshold=0.1):
-    """For each image, whether an earlier one looks the same: their blurs are close."""
-    grey = images.astype(np.float64)
+def newness(images):
+    """How far (at most 1) each image's blur is from the nearest earlier one that is itself new."""
+    blur = images.astype(np.float64)
     for axis in (1, 2, 1, 2):
-        grey = (np.roll(grey, 1, axis) + 2 * grey + np.roll(grey, -1, axis)) / 4
-    flat = grey.reshape(len(grey), -1)
-    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
-    return np.tril(1 - flat @ flat.T < threshold, -1).any(1)
-
-
-def letters(font):
-    """(script, character) of each letter of the font, in the order of SCRIPTS and of Unicode."""
-    whole = [
-        c
-        for c in map(chr, sorted(font.get_charmap()))
-        if unicodedata.category(c) in ("Lu", "Ll", "Lo") and unicodedata.normalize("NFKD", c) == c
-    ]
-    return [
-        (script, c)
-        for script, start in SCRIPTS.items()
-        for c in whole
-        if unicodedata.name(c).startswith(start + " ")
-    ]
-
-
-def chosen(shape, candidates):
-    """The candidates that look like no earlier one, at most CAP evenly spread ones of a script."""
-    drawings = [shape(REFERENCE, c) for _, c in candidates]
-    images = sheet([(points * 20, codes) for points, codes in drawings], [2.0] * len(drawings))
-    new = [x for x, double in zip(candidates, look_alikes(images)) if not double]
-    kept = []
-    for script in SCRIPTS:
-        own = [x for x in new if x[0] == script]
-        n = min(CAP, len(own))
-        kept += [own[i * len(own) // n] for i in range(n)]
-    return kept
+        blur = np.roll(blur, 1, axis) + 2 * blur + np.roll(blur, -1, axis)
+    blur = blur.reshape(len(blur), -1)
+    blur /= np.linalg.norm(blur, axis=1, keepdims=True)
+    apart, nearest = 1 - blur @ blur.T, np.ones(len(blur))
+    for i, row in enumerate(apart):
+        if nearest[i] >= ALIKE:
+            nearest[i + 1 :] = np.minimum(nearest[i + 1 :], row[i + 1 :])
+    return nearest
 
 
 def draw_glyphs(seed=0):
-    """Draw the set: uint8 images (characters, 20, 28, 28), ink 255 on 0, and the names.
+    """Draw the set: images (characters, 20, 28, 28) in uint8, ink 255 on 0, and their names.
 
-    The names are "Script/characterNN", in the order of the images. The characters don't depend
-    on the seed; the writers and their drawings do.
+    A name is "Script/characterNN". The characters are the same for all seeds; the writers' hands
+    and their drawings are not.
     """
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font
 
     folder = Path(get_data_path(), "fonts", "ttf")
-    names = {REFERENCE}.union(*STYLES)
-    fonts = {name: FT2Font(str(folder / f"{name}.ttf")) for name in names}
+    fonts = {name: FT2Font(str(folder / f"{name}.ttf")) for name in {REFERENCE}.union(*WRITERS)}
 
     @cache
-    def shape(name, character):
-        points, codes = thinned(outline(fonts[name], character))
-        return fitted(points), codes
+    def shape(name, letter):
+        return thinned(outline(fonts[name], letter))
 
-    characters = chosen(shape, letters(fonts[REFERENCE]))
+    found = letters(fonts[REFERENCE])
+    plain = [shape(REFERENCE, letter) for _, letter in found]
+    new = newness(rendered([(20 * points, codes, 2.0) for points, codes in plain]))
+    characters = []
+    for script in SCRIPTS:  # of a large script, those that differ most from the ones before them
+        own = [i for i, (name, _) in enumerate(found) if name == script and new[i] >= ALIKE]
+        own = sorted(sorted(own, key=lambda i: -new[i])[:CAP])
+        characters += [(f"{script}/character{n:02d}", found[i][1]) for n, i in enumerate(own, 1)]
+
     uniform = np.random.Generator(np.random.PCG64(seed)).random
-    writers = uniform((len(STYLES), HABITS))
-    moods = uniform((len(characters), len(STYLES), HABITS))
-    images = []
-    for (_, character), mood in zip(characters, moods):
-        drawings, pens = [], []
-        for style, habit, now in zip(STYLES, writers, mood):
-            has = [name for name in style + [REFERENCE] if fonts[name].get_char_index(ord(character))]
-            points, codes = shape(has[0], character)
-            drawings.append((written(points, habit, now), codes))
-            pens.append(1.1 + 0.9 * habit[0] + 0.3 * now[0])
-        images.append(sheet(drawings, pens))
-    counts = {}
-    labels = []
-    for script, _ in characters:
-        counts[script] = counts.get(script, 0) + 1
-        labels.append(f"{script}/character{counts[script]:02d}")
-    return np.stack(images), labels
-
-
-def written(points, habit, now):
-    """The points as one writer writes them this time, in pixels about the cell's centre."""
-    points = bent(points, habit[6:].reshape(WAVES, 5), 0.06)
-    points = bent(points, now[6:].reshape(WAVES, 5), 0.045)
-    habit, now = 2 * habit - 1, 2 * now - 1
-    slant = 0.15 * habit[1] + 0.1 * now[1]
-    turn = 0.04 * habit[2] + 0.08 * now[2]
-    width = 1 + 0.12 * habit[3] + 0.08 * now[3]
-    points = points @ [[width, turn], [slant - turn, 1.0]]
-    return fitted(points, 18.5 + 1.2 * habit[4] + 0.8 * now[4]) + now[5:7]
+    habits = uniform((len(WRITERS), TRAITS + 5 * WAVES))
+    moods = uniform((len(characters), len(WRITERS), TRAITS + 5 * WAVES))
+    images = np.empty((len(characters), len(WRITERS), SIDE, SIDE), np.uint8)
+    for image, (_, letter), hand_moods in zip(images, characters, moods, strict=True):
+        has = {name: font.get_char_index(ord(letter)) > 0 for name, font in fonts.items()}
+        own = [next((name for name in style if has[name]), REFERENCE) for style in WRITERS]
+        hands = zip(own, habits, hand_moods, strict=True)
+        image[:] = rendered([written(*shape(n, letter), habit, mood) for n, habit, mood in hands])
+    return images, [name for name, _ in characters]

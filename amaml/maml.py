@@ -97,7 +97,7 @@ def meta_gradient(
     check_module(model)
     check_inner_steps(inner_steps)
     theta, (support_x, query_x) = same_dtype(theta, tasks.support_x, tasks.query_x)
-    alpha = as_scalar("alpha", alpha, support_x)
+    alpha = as_scalar("alpha", alpha, like=next(iter(theta.values())))
 
     def task_loss(theta, alpha, support_x, support_y, query_x, query_y):
         theta_prime, support_loss = inner_loop(
@@ -135,13 +135,14 @@ def same_dtype(theta: Theta, *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[
 
 def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A rate as a tensor without dimensions; ValueError for anything but one number."""
-    value = torch.as_tensor(value, device=like.device)
+    if not isinstance(value, Tensor):  # by way of float64: float32 would cut a Python number short
+        value = torch.tensor(value, dtype=torch.float64)
     if value.ndim != 0:
         raise ValueError(
             f"{name} must be one number, as in the paper; got a tensor of shape "
             f"{tuple(value.shape)}"
         )
-    return value.to(like.dtype if like.is_floating_point() else torch.get_default_dtype())
+    return value.to(like)
 
 
 def check_inner_steps(inner_steps: int) -> None:

@@ -1,0 +1,95 @@
+"""What several tests share: small tasks, and an independent computation of everything by hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import amaml
+
+
+def omniglot_root() -> Path | None:
+    """Where AMAML_DATA says that Omniglot lies."""
+    given = os.environ.get("AMAML_DATA")
+    return Path(given) if given else None
+
+
+needs_omniglot = pytest.mark.skipif(
+    omniglot_root() is None,
+    reason="AMAML_DATA is not set: give the folder that holds Omniglot's two zips to run this test",
+)
+
+
+@pytest.fixture(scope="session")
+def glyphs() -> amaml.Characters:
+    return amaml.load_glyphs()
+
+
+@pytest.fixture
+def torchvision_datasets(monkeypatch):
+    """torchvision's data sets, also beside a torch whose build torchvision does not match.
+
+    Its compiled operators then cannot be loaded, and the data sets need none of them.
+    """
+    try:
+        import torchvision.datasets  # noqa: F401
+    except (ImportError, RuntimeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            monkeypatch.delitem(sys.modules, name)
+        stand_in = types.ModuleType("torchvision._meta_registrations")
+        monkeypatch.setitem(sys.modules, "torchvision._meta_registrations", stand_in)
+    import torchvision.datasets
+
+    return torchvision.datasets
+
+
+def random_tasks(
+    shape: tuple[int, ...], n_way: int = 3, k: int = 2, batch: int = 2, seed: int = 0
+) -> amaml.Tasks:
+    """Float64 tasks of noise, `shape` for one example: enough to test derivatives on."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(batch, n_way * k, *shape, dtype=torch.float64, generator=generator)
+
+    labels = torch.arange(n_way).repeat_interleave(k).repeat(batch, 1)
+    return amaml.Tasks(support_x=noise(), support_y=labels, query_x=noise(), query_y=labels)
+
+
+def loop_losses(forward, theta, alpha, tasks, inner_steps=1, first_order=False, fixed=(), loss=None):
+    """Query losses of the tasks one by one, by torch.autograd and without torch.func.
+
+    `forward(theta, x)` gives the predictions. Returns the list of query losses, differentiable in
+    theta and alpha (whose tensors must require gradients for the inner loop to work).
+    """
+    loss = loss or torch.nn.functional.cross_entropy
+    losses = []
+    for i in range(len(tasks)):
+        adapted = dict(theta)
+        moving = [name for name in theta if name not in fixed]
+        for _ in range(inner_steps):
+            value = loss(forward(adapted, tasks.support_x[i]), tasks.support_y[i])
+            gradients = torch.autograd.grad(
+                value, [adapted[name] for name in moving], create_graph=not first_order
+            )
+            for name, gradient in zip(moving, gradients, strict=True):
+                adapted[name] = adapted[name] - alpha * gradient
+        losses.append(loss(forward(adapted, tasks.query_x[i]), tasks.query_y[i]))
+    return losses
+
+
+def leaves(theta) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+
+
+def relative_error(a, b) -> float:
+    """|a - b| / |b| over dicts of tensors or single tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = (torch.cat([d[name].reshape(-1) for name in sorted(d)]) for d in (a, b))
+    return float((a - b).norm() / b.norm())
