@@ -89,13 +89,13 @@ def split_characters(characters: Characters, seed: int = 0) -> Split:
 
     For Omniglot's 1,623 characters: 1,100 / 100 / 423. The first 1,200 of the shuffle are the
     paper's training characters; their last 100 serve for validation, as in the original MAML
-    code. Other sets are cut in the same proportions. Raises ValueError for fewer than 17
-    characters, where a part would be empty.
+    code. Other sets are cut in the same proportions. Raises ValueError where a part would be
+    empty; from 11 characters on none is.
     """
     n = len(characters)
     train, both = round(n * 1100 / 1623), round(n * 1200 / 1623)
     if not 0 < train < both < n:
-        raise ValueError(f"{n} characters are too few to split into three sets; 17 are enough")
+        raise ValueError(f"{n} characters are too few to split into three sets; 11 are enough")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return Split(characters[order[:train]], characters[order[train:both]], characters[order[both:]])
 

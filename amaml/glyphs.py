@@ -21,9 +21,10 @@ CAP = 90  # characters of one script at most
 ALIKE = 0.085  # letters closer than this count as the same; set by looking at the pairs around it
 # Of letters that look alike the one in the earlier script stays. The names are spelt as Omniglot
 # would spell them; in capitals they begin the Unicode names of the script's letters.
-SCRIPTS = """Latin Greek Coptic Cyrillic Armenian Georgian Hebrew Arabic NKo Lao Tifinagh Ogham
-    Old_Italic Lisu Canadian_Syllabics""".split()
-UNFIT = "ꙮﹳӋӶ"  # the first two would be blobs, the others are interchanged in one of the fonts
+ALPHABETS = """Latin Greek Coptic Cyrillic Armenian Georgian Hebrew Arabic NKo Lao Tifinagh Ogham
+    Old_Italic Lisu Canadian_Syllabics"""
+SCRIPTS = ALPHABETS.split()
+UNFIT = "\ua66e\ufe73\u04cb\u04f6"  # two that become blobs, two that one font interchanges
 # What each writer's letters are made of: the first of these fonts that has the letter, or else
 # REFERENCE, which has them all. Ten styles, two writers each.
 REFERENCE = "DejaVuSans"
@@ -177,9 +178,9 @@ def draw_glyphs(seed=0):
     habits = uniform((len(WRITERS), TRAITS + 5 * WAVES))
     moods = uniform((len(characters), len(WRITERS), TRAITS + 5 * WAVES))
     images = np.empty((len(characters), len(WRITERS), SIDE, SIDE), np.uint8)
-    for image, (_, letter), hand_moods in zip(images, characters, moods, strict=True):
+    for image, (_, letter), own_moods in zip(images, characters, moods, strict=True):
         has = {name: font.get_char_index(ord(letter)) > 0 for name, font in fonts.items()}
         own = [next((name for name in style if has[name]), REFERENCE) for style in WRITERS]
-        hands = zip(own, habits, hand_moods, strict=True)
+        hands = zip(own, habits, own_moods, strict=True)
         image[:] = rendered([written(*shape(n, letter), habit, mood) for n, habit, mood in hands])
     return images, [name for name, _ in characters]

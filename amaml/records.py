@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LAYOUT = 1  # of the records and checkpoints; another number is refused by name
-RECORDS = Path("figures") / "records"
+PROJECT = Path(__file__).resolve().parents[1]
+RECORDS = PROJECT / "figures" / "records"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

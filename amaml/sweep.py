@@ -98,8 +98,14 @@ def workers(client, n_runs: int):
 
 
 def tabulate(run: Run, labels: dict | None = None) -> pd.DataFrame:
-    """A run's metrics with its id, labels, config and status in every row."""
-    columns = {"run": run.id, **(labels or {}), **asdict(run.config), "status": run.status}
+    """A run's metrics with its id, labels, config and status in every row.
+
+    The config's starting rates are the columns alpha_0 and beta_0; alpha and beta are the rates
+    of each iteration.
+    """
+    starts = {"alpha": "alpha_0", "beta": "beta_0"}
+    config = {starts.get(name, name): value for name, value in asdict(run.config).items()}
+    columns = {"run": run.id, **(labels or {}), **config, "status": run.status}
     return pd.concat(
         [pd.DataFrame([columns] * len(run.metrics)), run.metrics.reset_index(drop=True)], axis=1
     )
@@ -131,8 +137,7 @@ def figure_records(
 
     def publish(run: Run) -> None:
         nonlocal table
-        new = tabulate(run, labels[run.id]).drop(columns=[])
-        new = records.thin(new, POINTS)
+        new = records.thin(tabulate(run, labels[run.id]), POINTS)
         table = pd.concat([table, new], ignore_index=True) if len(table) else new
         result = records.read_json(Path(out) / run.id / "result.json")
         add_batch(made_by, run.id, result)

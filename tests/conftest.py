@@ -13,14 +13,9 @@ import torch
 import amaml
 
 
-def omniglot_root() -> Path | None:
-    """Where AMAML_DATA says that Omniglot lies."""
-    given = os.environ.get("AMAML_DATA")
-    return Path(given) if given else None
-
-
+OMNIGLOT = os.environ.get("AMAML_DATA") and Path(os.environ["AMAML_DATA"])
 needs_omniglot = pytest.mark.skipif(
-    omniglot_root() is None,
+    not OMNIGLOT,
     reason="AMAML_DATA is not set: give the folder that holds Omniglot's two zips to run this test",
 )
 

@@ -10,7 +10,7 @@ from amaml import glyphs
 matplotlib = pytest.importorskip("matplotlib")
 
 MADE_WITH = "3.11.2"  # the version of matplotlib whose drawings have this digest
-SHA256 = "?"
+SHA256 = "42f00eba1ab5201d389cdf849235dfd310e1e5d9ce3b010db21671bd8ebab6fb"
 
 
 @pytest.fixture(scope="module")

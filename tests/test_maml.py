@@ -13,13 +13,11 @@ import amaml
 
 
 def omniglot_forward(theta, x):
-    """OmniglotCNN written once more, with torch's own batch normalisation."""
+    """OmniglotCNN written once more, with torch's own convolution and batch normalisation."""
     for i, before in enumerate((0, 0, 1, 0)):  # maps of 28, 14, 7 and 4 pixels
         x = F.pad(x, (before, 1, before, 1))
-        x = F.conv2d(x, theta[f"blocks.{i}.conv.weight"], stride=2)
-        x = F.batch_norm(
-            x, None, None, bias=theta[f"blocks.{i}.norm.offset"], training=True, eps=1e-3
-        )
+        x = F.conv2d(x, theta[f"blocks.{i}.weight"].permute(3, 2, 0, 1), stride=2)
+        x = F.batch_norm(x, None, None, bias=theta[f"blocks.{i}.offset"], training=True, eps=1e-3)
         x = x.clamp(min=0)
     return F.linear(x.mean((2, 3)), theta["linear.weight"], theta["linear.bias"])
 
@@ -176,7 +174,7 @@ def test_parameters_for_the_meta_step_alone_are_not_adapted():
     model, _, theta, tasks = prepared("OmniglotCNN")
     adapted = amaml.adapt(model, theta, 0.3, tasks.support_x[0], tasks.support_y[0])
     unchanged = {name for name in theta if torch.equal(adapted[name], theta[name])}
-    assert unchanged == model.meta_only == {f"blocks.{i}.norm.offset" for i in range(4)}
+    assert unchanged == model.meta_only == {f"blocks.{i}.offset" for i in range(4)}
     gradient, _, _ = amaml.meta_gradient(model, theta, 0.3, tasks)
     assert all(gradient[name].norm() > 0 for name in model.meta_only)
 

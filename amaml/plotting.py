@@ -1,0 +1,180 @@
+"""The one figure style of the book, the figures drawn from their records, and saving them.
+
+MAML is orange and dashed, Alpha MAML blue and solid, everywhere: told apart by the colour-blind
+and in grey print.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from amaml.records import PROJECT
+from amaml.tasks import Tasks
+
+METHODS = ("MAML", "Alpha MAML")
+COLOURS = {"MAML": "#D55E00", "Alpha MAML": "#0072B2"}  # of Okabe and Ito's palette
+DASHES = {"MAML": (3, 1.5), "Alpha MAML": ""}
+DATA_NAMES = {"omniglot": "Omniglot", "glyphs": "embedded glyphs"}
+FORMATS = ("png", "pdf")
+
+
+def use_style() -> None:
+    """Set the book's style; called by the figures here, and by notebooks that draw their own."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        rc={
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "lines.linewidth": 1.4,
+            "svg.hashsalt": "amaml",
+        },
+    )
+
+
+def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> list[Path]:
+    """Write `figures/<profile>/<name>.png` and `.pdf`; the same records give the same bytes."""
+    place = (Path(folder) if folder else PROJECT / "figures") / profile
+    place.mkdir(parents=True, exist_ok=True)
+    paths = [place / f"{name}.{ending}" for ending in FORMATS]
+    for path in paths:
+        dates = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
+        figure.savefig(path, metadata=dates)
+    return paths
+
+
+def image_grid(images: Tensor, labels: list[str] | None = None, inch: float = 0.42) -> Figure:
+    """Images `(rows, columns, height, width)` side by side, dark ink on white; labels at the rows."""
+    use_style()
+    rows, columns = images.shape[:2]
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * inch + (1.6 if labels else 0), rows * inch), squeeze=False
+    )
+    for row, line in enumerate(axes):
+        for axis, image in zip(line, images[row], strict=True):
+            axis.imshow(image.cpu(), cmap="gray_r", vmin=0, vmax=images.max().item())
+            axis.set(xticks=[], yticks=[])
+            sns.despine(ax=axis, left=True, bottom=True)
+        if labels:
+            line[0].set_ylabel(labels[row], rotation=0, ha="right", va="center")
+    return figure
+
+
+def task_grid(tasks: Tasks, n_way: int) -> Figure:
+    """Support and query sets of some tasks, a row a task and a column an image.
+
+    The support set stands left, the query set right, each in the order of its labels.
+    """
+    use_style()
+    sets = {"support set": tasks.support_x, "query set": tasks.query_x}
+    labels = {"support set": tasks.support_y, "query set": tasks.query_y}
+    widths = [x.shape[1] for x in sets.values()]
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(0.52 * sum(widths), 0.58 * len(tasks) + 0.3), squeeze=False,
+        width_ratios=widths,
+    )  # fmt: skip
+    for column, (name, x) in enumerate(sets.items()):
+        for row in range(len(tasks)):
+            strip = torch.cat([torch.nn.functional.pad(i, (1, 1)) for i in x[row, :, 0]], dim=1)
+            axis, side = axes[row, column], x.shape[-1] + 2
+            axis.imshow(strip.cpu(), cmap="gray_r", vmin=0, vmax=1)
+            axis.set(yticks=[], xticks=[side * (i + 0.5) for i in range(x.shape[1])])
+            axis.set_xticklabels(labels[name][row].tolist() if row == len(tasks) - 1 else [])
+            axis.tick_params(length=0)
+            for i in range(1, x.shape[1]):
+                axis.axvline(side * i - 0.5, color="0.85", linewidth=0.6)
+            sns.despine(ax=axis, left=True, bottom=True)
+            if column == 0:
+                axis.set_ylabel(f"task {row}", rotation=0, ha="right", va="center")
+        axes[0, column].set_title(name)
+        axes[-1, column].set_xlabel("label")
+    return figure
+
+
+def figure_1(table: pd.DataFrame) -> Figure:
+    """Figure 1: alpha, beta, training and validation loss against the iteration.
+
+    `table` is that of `sweep.figure_records("figure_1", profile)`: a column of panels a case, a
+    line a method (the mean over the seeds), a band from the lowest to the highest seed. Training
+    losses of single meta-batches are averaged over 20 iterations. Runs that diverged end with a
+    cross.
+    """
+    use_style()
+    cases = list(dict.fromkeys(table["case"]))
+    table = table.assign(training_loss=training_loss(table))
+    rows = {
+        "alpha": r"$\alpha$ (inner rate)",
+        "beta": r"$\beta$ (meta rate)",
+        "training_loss": "training loss",
+        "validation_loss": "validation loss",
+    }
+    figure, axes = plt.subplots(
+        len(rows), len(cases), figsize=(2.3 * len(cases) + 0.5, 6.6), sharex=True, squeeze=False
+    )
+    for column, case in enumerate(cases):
+        shown = table[table["case"] == case]
+        for axis, quantity in zip(axes[:, column], rows, strict=True):
+            sns.lineplot(
+                shown.dropna(subset=quantity), x="iteration", y=quantity, hue="method",
+                style="method", hue_order=METHODS, style_order=METHODS, palette=COLOURS,
+                dashes=DASHES, errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
+                ax=axis, legend=False,
+            )  # fmt: skip
+            mark_divergence(axis, shown, quantity)
+            axis.set(xlabel="iteration t", ylabel=rows[quantity] if column == 0 else "")
+            if quantity in ("training_loss", "validation_loss"):
+                axis.set_ylim(0, loss_limit(table))
+            elif shown.groupby("method")[quantity].mean().min() <= 0:
+                axis.axhline(0, color="0.7", linewidth=0.6)
+        axes[0, column].set_title(title(case, shown))
+    handles = [
+        plt.Line2D([], [], color=COLOURS[m], linestyle="--" if DASHES[m] else "-", label=m)
+        for m in METHODS
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(METHODS))
+    return figure
+
+
+def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
+    """Query loss on the training tasks after adaptation, a trailing mean over `window` iterations."""
+    stride = table.groupby("run")["iteration"].diff().median()
+    rows = max(1, round(window / stride))
+    return table.groupby("run")["query_loss"].transform(
+        lambda losses: losses.rolling(rows, min_periods=1).mean()
+    )
+
+
+def loss_limit(table: pd.DataFrame) -> float:
+    """Where the axes of losses end: a little above chance, the loss of guessing among n_way."""
+    return 1.5 * float(torch.tensor(table["n_way"].max()).log())
+
+
+def title(case: str, shown: pd.DataFrame) -> str:
+    """A case with its starting rates."""
+    first = shown.iloc[0]
+    rates = rf"$\alpha_0$ = {first['alpha_0']:g}, $\beta_0$ = {first['beta_0']:g}"
+    return f"{case}\n{rates}"
+
+
+def mark_divergence(axis, shown: pd.DataFrame, quantity: str) -> None:
+    """A cross at the last finite value of each run that diverged."""
+    for _, run in shown[shown["status"] == "diverged"].groupby("run"):
+        last = run.dropna(subset=quantity).tail(1)
+        axis.plot(
+            last["iteration"], last[quantity], "x", color=COLOURS[last["method"].item()], clip_on=False
+        )
