@@ -114,7 +114,8 @@ def meta_gradient(
     (gradient, d_alpha), (_, metrics) = vmap(per_task, in_dims=(None, None, 0, 0, 0, 0))(
         theta, alpha, support_x, tasks.support_y, query_x, tasks.query_y
     )
-    gradient = {name: g.mean(0) for name, g in gradient.items()}
+    # Contiguous, as a checkpoint gives it back: the order of later sums depends on the layout.
+    gradient = {name: g.mean(0).contiguous() for name, g in gradient.items()}
     return gradient, d_alpha.mean(0), {name: m.mean(0) for name, m in metrics.items()}
 
 

@@ -66,8 +66,14 @@ def read_metrics(path: Path, last_iteration: int | None = None) -> pd.DataFrame:
     complete = text[: text.rfind("\n") + 1]
     if not complete:
         return pd.DataFrame({"iteration": pd.Series(dtype="int64")})
-    table = pd.read_csv(io.StringIO(complete), float_precision="round_trip")
+    table = read_table(complete)
     return table if last_iteration is None else table[table["iteration"] <= last_iteration]
+
+
+def read_table(text: str) -> pd.DataFrame:
+    """A table from CSV, numbers bit for bit: newer versions of pandas do that without asking."""
+    exactly = {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
+    return pd.read_csv(io.StringIO(text), **exactly)
 
 
 def truncate_metrics(path: Path, last_iteration: int) -> None:
@@ -82,9 +88,15 @@ def truncate_metrics(path: Path, last_iteration: int) -> None:
 
 def save_checkpoint(path: Path, tensors: dict, iteration: int, seconds: float) -> None:
     """Write a nested dict of tensors after `iteration` iterations and `seconds` of work."""
-    metadata = {"layout": str(LAYOUT), "iteration": str(iteration), "seconds": repr(seconds)}
+    flat = flatten(tensors)
+    metadata = {
+        "layout": str(LAYOUT),
+        "iteration": str(iteration),
+        "seconds": repr(seconds),
+        "order": json.dumps(list(flat)),  # sums over parameters depend on it in their last bits
+    }
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(flatten(tensors), part, metadata)
+    save_file(flat, part, metadata)
     os.replace(part, path)
 
 
@@ -93,7 +105,7 @@ def load_checkpoint(path: Path, device="cpu") -> tuple[dict, int, float]:
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            flat = {key: file.get_tensor(key) for key in json.loads(metadata.get("order", "[]"))}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove the run's folder to start the run anew"
@@ -179,7 +191,7 @@ def read_records(figure: str, profile: str, folder=RECORDS) -> tuple[pd.DataFram
         raise ValueError(
             f"{path} is damaged ({error}); restore it, or remove it and train again"
         ) from error
-    return pd.read_csv(io.StringIO(text), float_precision="round_trip"), header["made_by"]
+    return read_table(text), header["made_by"]
 
 
 def provenance(device="cpu") -> dict:

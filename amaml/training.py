@@ -291,7 +291,7 @@ def restore_state(saved: dict, device="cpu") -> MetaState:
     def move(value):
         if isinstance(value, dict):
             return {name: move(inner) for name, inner in value.items()}
-        return value.to(device)
+        return value.to(device, copy=True)  # aligned anew: the last bits of products depend on it
 
     return MetaState(**{"moments": {}, **move(saved)})
 

@@ -1,0 +1,313 @@
+"""Runs: validated, repeatable, resumable, and ending as they should."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import amaml
+from amaml import records
+from amaml.training import stream
+
+SMALL = {
+    "data": "glyphs",
+    "n_way": 3,
+    "filters": 4,
+    "meta_batch_size": 2,
+    "validation_every": 4,
+    "validation_tasks": 3,
+    "alpha": 0.1,
+    "beta": 0.05,
+    "hyper_alpha": 1e-3,
+    "hyper_beta": 1e-3,
+}
+
+
+def train(out, iterations=9, **fields) -> amaml.Run:
+    config = amaml.RunConfig(**(SMALL | {"iterations": iterations} | fields))
+    return amaml.train(config, out, progress=False, checkpoint_every=3)
+
+
+def same(a: amaml.Run, b: amaml.Run) -> bool:
+    """Metrics and state bit for bit."""
+    states = [records.flatten(run.state._asdict()) for run in (a, b)]
+    return a.metrics.equals(b.metrics) and all(
+        torch.equal(value, states[1][name]) for name, value in states[0].items()
+    )
+
+
+def test_a_run_logs_each_iteration_and_validates_at_intervals(tmp_path):
+    run = train(tmp_path)
+    assert (run.status, run.iteration) == ("done", 9)
+    assert run.metrics["iteration"].tolist() == list(range(1, 10))
+    assert run.metrics.dropna()["iteration"].tolist() == [4, 8, 9]
+    assert run.metrics["alpha"].iloc[0] == np.float32(0.1)
+    expected = {
+        "iteration", "support_loss", "query_loss", "query_accuracy", "alpha", "beta",
+        "gradient_norm", "d_alpha", "d_beta", "validation_loss", "validation_accuracy",
+    }  # fmt: skip
+    assert set(run.metrics) == expected
+
+
+def test_a_run_is_meta_step_after_meta_step(tmp_path):
+    run = train(tmp_path, iterations=5)
+    split = amaml.split_characters(amaml.load_glyphs())
+    sampler = amaml.TaskSampler(split.train, n_way=3)
+    model = amaml.OmniglotCNN(3, stream(0, "initialisation"), filters=4)
+    state, generator = amaml.init_state(model, 0.1, 0.05), stream(0, "training tasks")
+    for row in run.metrics.itertuples():
+        tasks = sampler.sample(2, generator)
+        state, metrics = amaml.meta_step(model, state, tasks, hyper_alpha=1e-3, hyper_beta=1e-3)
+        for name, value in metrics.items():
+            assert getattr(row, name) == value.item()
+    validation = amaml.TaskSampler(split.validation, n_way=3).sample(
+        3, stream(0, "validation tasks")
+    )
+    measured = amaml.evaluate(model, state, validation)
+    assert run.metrics["validation_loss"].iloc[-1] == measured["query_loss"]
+    assert torch.equal(run.state.alpha, state.alpha)
+
+
+def test_equal_configs_give_equal_runs_and_other_rates_the_same_tasks(tmp_path):
+    run = train(tmp_path / "a")
+    assert same(run, train(tmp_path / "b"))
+    other = train(tmp_path / "a", alpha=0.2)
+    assert not same(run, other) and run.id != other.id
+    # The first support loss is taken at the initialisation, before any rate has an effect.
+    assert run.metrics["support_loss"].iloc[0] == other.metrics["support_loss"].iloc[0]
+    assert not same(run, train(tmp_path / "a", seed=1))
+
+
+def test_a_finished_run_is_read_not_made_again(tmp_path):
+    run = train(tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / run.id).iterdir()}
+    assert same(run, train(tmp_path))
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / run.id).iterdir()}
+
+
+KILLED = """
+import os, signal, sys
+import amaml, amaml.training
+
+step, count = amaml.training.meta_step, 0
+
+def deadly_step(*args, **kwargs):
+    global count
+    count += 1
+    if count == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args, **kwargs)
+
+amaml.training.meta_step = deadly_step
+config = amaml.RunConfig(**eval(sys.argv[3]))
+amaml.train(config, sys.argv[1], progress=False, checkpoint_every=3)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    whole = train(tmp_path / "whole", iterations=20)
+    moments = np.random.default_rng(7).choice(np.arange(2, 10), 2, replace=False)
+    config = SMALL | {"iterations": 20}
+    for moment in moments:  # each process goes on where the one before was killed
+        words = [sys.executable, "-c", KILLED, str(tmp_path / "torn"), str(moment), repr(config)]
+        assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    folder = tmp_path / "torn" / whole.id
+    assert not (folder / "result.json").exists()
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("17,0.5,0.2")  # a line torn by the kill
+    resumed = amaml.train(
+        amaml.RunConfig(**config), tmp_path / "torn", progress=False, checkpoint_every=3
+    )
+    assert same(whole, resumed)
+
+
+def test_the_threshold_ends_a_run(tmp_path):
+    whole = train(tmp_path, iterations=40, alpha=0.4, beta=0.3)
+    losses = whole.metrics.dropna(subset="validation_loss").set_index("iteration")
+    threshold = losses["validation_loss"].iloc[3]
+    first = losses.index[losses["validation_loss"] <= threshold][0]
+    run = train(tmp_path, iterations=40, alpha=0.4, beta=0.3, threshold=threshold)
+    assert (run.status, run.iteration) == ("reached", first)
+    assert run.metrics.equals(whole.metrics[: len(run.metrics)])
+
+
+def test_divergence_is_a_result(tmp_path):
+    run = train(tmp_path, iterations=40, beta=1e38)
+    assert run.status == "diverged" and 1 <= run.iteration < 40
+    assert run.metrics["iteration"].iloc[-1] == run.iteration == len(run.metrics)
+    watched = ["query_loss", "alpha", "beta", "gradient_norm"]
+    finite = np.isfinite(run.metrics[watched]).all(axis=1)
+    assert finite.iloc[:-1].all() and not finite.iloc[-1]
+    assert same(run, train(tmp_path, iterations=40, beta=1e38))
+
+
+def test_rates_may_turn_negative_and_are_recorded(tmp_path):
+    run = train(tmp_path, iterations=12, alpha=0.0, hyper_alpha=3.0)
+    assert (run.metrics["alpha"] < 0).any()
+
+
+class Lines:
+    """Tasks of one's own: straight lines through the origin."""
+
+    def sample(self, meta_batch_size, generator):
+        slope = torch.randn(meta_batch_size, 1, 1, generator=generator)
+        x = torch.randn(meta_batch_size, 10, 1, generator=generator)
+        return amaml.Tasks(x[:, :5], slope * x[:, :5], x[:, 5:], slope * x[:, 5:])
+
+
+def squared_error(prediction, y):
+    return (prediction - y).square().mean()
+
+
+def test_ones_own_model_sampler_and_loss(tmp_path):
+    def run(std: float, folder="own") -> amaml.Run:
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(model.weight, std)
+        torch.nn.init.zeros_(model.bias)
+        config = amaml.RunConfig(
+            iterations=60, alpha=0.01, beta=0.1, hyper_alpha=1e-3, hyper_beta=1e-3
+        )
+        return amaml.train(
+            config, tmp_path / folder, model=model, sampler=Lines(), loss=squared_error,
+            progress=False,
+        )  # fmt: skip
+
+    first, again = run(0.5), run(0.5, "again")
+    assert same(first, again) and run(0.7).id != first.id
+    assert "query_accuracy" not in first.metrics
+    assert first.metrics["alpha"].iloc[-1] > 0.02  # the tasks differ: adapting more helps
+    assert first.metrics["validation_loss"].iloc[-1] < first.metrics["query_loss"].iloc[0]
+
+
+def test_metrics_are_detached_and_memory_does_not_grow(tmp_path):
+    import gc
+
+    model = amaml.OmniglotCNN(3, torch.Generator().manual_seed(0), filters=4)
+    sampler = amaml.TaskSampler(amaml.load_glyphs(), n_way=3)
+    generator, counts = torch.Generator().manual_seed(0), []
+    state = amaml.init_state(model, 0.1, 0.1)
+    for iteration in range(200):
+        state, _ = amaml.meta_step(
+            model, state, sampler.sample(2, generator), hyper_alpha=1e-3, hyper_beta=1e-3
+        )
+        if iteration in (20, 199):
+            gc.collect()
+            tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+            counts.append((len(tensors), sum(t.numel() for t in tensors)))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"alpha": math.nan}, ValueError, "alpha=nan.*finite"),
+        ({"beta": -0.5}, ValueError, "beta=-0.5.*at least 0"),
+        ({"hyper_alpha": math.inf}, ValueError, "hyper_alpha=inf"),
+        ({"iterations": 0}, ValueError, "iterations=0.*at least 1"),
+        ({"meta_batch_size": 0}, ValueError, "meta_batch_size=0.*at least 1"),
+        ({"meta_batch_size": 2.5}, TypeError, "meta_batch_size=2.5.*whole number"),
+        ({"n_way": 1}, ValueError, "n_way=1.*at least 2"),
+        ({"data": "mnist"}, ValueError, "data='mnist'.*omniglot.*glyphs"),
+        ({"meta_optimizer": "lion"}, ValueError, "'lion'.*sgd.*adam"),
+        ({"first_order": 1}, TypeError, "first_order=1.*True or False"),
+        ({"alpha": "0.1"}, TypeError, "alpha='0.1'.*a number"),
+        ({"threshold": -1.0}, ValueError, "threshold=-1.0"),
+        ({"learning_rate": 0.1}, TypeError, "unknown field 'learning_rate'.*alpha"),
+    ],
+)
+def test_wrong_fields_are_named(fields, error, words):
+    with pytest.raises(error, match=words):
+        amaml.RunConfig(**fields)
+
+
+def test_a_config_is_frozen_and_equal_numbers_make_equal_configs():
+    config = amaml.RunConfig(alpha=1, iterations=np.int64(5))
+    assert config == amaml.RunConfig(alpha=1.0, iterations=5)
+    assert config.id == amaml.RunConfig(alpha=1.0, iterations=5).id
+    with pytest.raises(FrozenInstanceError):
+        config.alpha = 2.0
+    assert amaml.RunConfig(**asdict(config)) == config
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="cannot be written.*another out"):
+        train(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_folder_of_another_config_is_refused_and_kept(tmp_path):
+    run = train(tmp_path)
+    folder = tmp_path / run.id
+    written = records.read_json(folder / "config.json")
+    written["config"]["alpha"] = 7.0
+    records.write_json(folder / "config.json", written)
+    before = (folder / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match="holds another config.*another out"):
+        train(tmp_path)
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"config": {"alpha": 1}}, TypeError, "config must be an amaml.RunConfig, not dict"),
+        ({"sampler": 3}, TypeError, "sampler must have a method sample"),
+        ({"model": "cnn"}, TypeError, "model must be a torch.nn.Module, not str"),
+        ({"loss": 3}, TypeError, "loss must be a function"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every=0"),
+    ],
+)
+def test_wrong_arguments_of_train_are_named(tmp_path, arguments, error, words):
+    with pytest.raises(error, match=words):
+        amaml.train(**({"config": amaml.RunConfig(**SMALL), "out": tmp_path} | arguments))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_read_record_is_what_was_written(tmp_path):
+    run = train(tmp_path)
+    table = pd.concat([run.metrics, run.metrics], ignore_index=True).assign(run=run.id)
+    table.loc[3, "query_loss"] = math.inf
+    maker = [{"runs": [run.id], "seconds": 1.5, "commit": "abc"}]
+    records.write_records("figure_9", "small", table, maker, tmp_path / "records")
+    read, made_by = records.read_records("figure_9", "small", tmp_path / "records")
+    pd.testing.assert_frame_equal(read, table, check_exact=True)
+    assert made_by == maker
+    path = tmp_path / "records" / "figure_9-small.csv.gz"
+    before = path.read_bytes()
+    records.write_records("figure_9", "small", table, maker, tmp_path / "records")
+    assert path.read_bytes() == before
+    path.write_bytes(before[:-20])
+    with pytest.raises(ValueError, match=r"figure_9-small.csv.gz is damaged.*train again"):
+        records.read_records("figure_9", "small", tmp_path / "records")
+    empty, makers = records.read_records("figure_8", "small", tmp_path / "records")
+    assert len(empty) == 0 and makers == []
+
+
+def test_thinning_keeps_the_ends_and_the_spacing():
+    metrics = pd.DataFrame({"iteration": range(1, 1001)})
+    thin = records.thin(metrics, 500)["iteration"]
+    assert 400 < len(thin) <= 502 and thin.iloc[0] == 1 and thin.iloc[-1] == 1000
+    assert set(range(10, 1001, 10)) <= set(thin)
+    assert len(records.thin(metrics[:300], 500)) == 300
+
+
+def test_checkpoints_of_another_layout_or_damaged_are_refused_by_name(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    nested = {"theta": {"a.weight": torch.randn(3)}, "alpha": torch.tensor(0.1)}
+    records.save_checkpoint(path, nested, 7, 1.5)
+    read, iteration, seconds = records.load_checkpoint(path)
+    assert torch.equal(read["theta"]["a.weight"], nested["theta"]["a.weight"])
+    assert (iteration, seconds) == (7, 1.5)
+    os.truncate(path, 40)
+    with pytest.raises(ValueError, match="checkpoint.safetensors is damaged.*anew"):
+        records.load_checkpoint(path)
