@@ -201,7 +201,9 @@ def source_key(parts: list[Path]) -> str:
         if part.is_dir():
             for path in sorted(part.glob("*/*/*.png")):
                 stat = path.stat()
-                digest.update(f"{path.relative_to(part)} {stat.st_size} {stat.st_mtime_ns}".encode())
+                digest.update(
+                    f"{path.relative_to(part)} {stat.st_size} {stat.st_mtime_ns}".encode()
+                )
         else:
             with part.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -235,7 +237,14 @@ def pack_omniglot(parts: list[Path]) -> tuple[np.ndarray, list[str]]:
                 # Of one-bit files Pillow would take the nearest pixel; of grey ones it filters.
                 small = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
                 drawings.setdefault(name.rpartition("/")[0], []).append(255 - np.asarray(small))
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, SyntaxError, ValueError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            SyntaxError,
+            ValueError,
+        ) as error:
             raise ValueError(f"{part} is damaged: {error}. {HOW_TO_GET}") from error
         if len(drawings) - before != n_characters:
             raise ValueError(

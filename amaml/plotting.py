@@ -176,5 +176,9 @@ def mark_divergence(axis, shown: pd.DataFrame, quantity: str) -> None:
     for _, run in shown[shown["status"] == "diverged"].groupby("run"):
         last = run.dropna(subset=quantity).tail(1)
         axis.plot(
-            last["iteration"], last[quantity], "x", color=COLOURS[last["method"].item()], clip_on=False
+            last["iteration"],
+            last[quantity],
+            "x",
+            color=COLOURS[last["method"].item()],
+            clip_on=False,
         )

@@ -72,7 +72,9 @@ def read_metrics(path: Path, last_iteration: int | None = None) -> pd.DataFrame:
 
 def read_table(text: str) -> pd.DataFrame:
     """A table from CSV, numbers bit for bit: newer versions of pandas do that without asking."""
-    exactly = {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
+    exactly = (
+        {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
+    )
     return pd.read_csv(io.StringIO(text), **exactly)
 
 

@@ -305,7 +305,9 @@ def open_folder(folder: Path, identity: dict) -> Path:
             records.write_json(written, identity)
     except OSError as error:
         raise type(error)(
-            error.errno, f"the run cannot be written ({error.strerror}); give another out", str(folder)
+            error.errno,
+            f"the run cannot be written ({error.strerror}); give another out",
+            str(folder),
         ) from error
     if records.read_json(written) != json.loads(json.dumps(identity)):
         raise ValueError(
@@ -352,7 +354,9 @@ def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> tuple[pd.DataFr
     bad = ~np.isfinite(values[:, watched]).all(1)
     kept = int(bad.argmax()) + 1 if bad.any() else len(values)
     rows = pd.DataFrame(values[:kept], columns=names)
-    rows.insert(0, "iteration", range(iteration - len(values) + 1, iteration - len(values) + 1 + kept))
+    rows.insert(
+        0, "iteration", range(iteration - len(values) + 1, iteration - len(values) + 1 + kept)
+    )
     rows["validation_loss"] = np.nan
     if "query_accuracy" in names:
         rows["validation_accuracy"] = np.nan

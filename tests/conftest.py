@@ -56,7 +56,9 @@ def random_tasks(
     return amaml.Tasks(support_x=noise(), support_y=labels, query_x=noise(), query_y=labels)
 
 
-def loop_losses(forward, theta, alpha, tasks, inner_steps=1, first_order=False, fixed=(), loss=None):
+def loop_losses(
+    forward, theta, alpha, tasks, inner_steps=1, first_order=False, fixed=(), loss=None
+):
     """Query losses of the tasks one by one, by torch.autograd and without torch.func.
 
     `forward(theta, x)` gives the predictions. Returns the list of query losses, differentiable in

@@ -37,7 +37,13 @@ def by_hand(model, batches, alpha, beta, hyper_alpha, hyper_beta, inner_steps=1)
             for _ in range(inner_steps):
                 at = path[-1]
                 support = F.cross_entropy(omniglot_forward(at, x), y)
-                g = dict(zip(at, torch.autograd.grad(support, list(at.values()), create_graph=True), strict=True))
+                g = dict(
+                    zip(
+                        at,
+                        torch.autograd.grad(support, list(at.values()), create_graph=True),
+                        strict=True,
+                    )
+                )
                 inner.append(g)
                 path.append(leaves({n: at[n] if n in fixed else at[n] - alpha * g[n] for n in at}))
             query = F.cross_entropy(omniglot_forward(path[-1], tasks.query_x[i]), tasks.query_y[i])
@@ -162,9 +168,7 @@ def test_infinite_gradients_leave_rates_alone_that_have_no_hyper_rate():
         direction={name: torch.full_like(p, math.inf) for name, p in state.theta.items()}
     )
     tasks = batches(1)[0]
-    broken = amaml.Tasks(
-        tasks.support_x, tasks.support_y, tasks.query_x * math.inf, tasks.query_y
-    )
+    broken = amaml.Tasks(tasks.support_x, tasks.support_y, tasks.query_x * math.inf, tasks.query_y)
     state, metrics = amaml.meta_step(model, state, broken)
     assert not math.isfinite(metrics["d_alpha"]) and not math.isfinite(metrics["d_beta"])
     assert (state.alpha.item(), state.beta.item()) == (0.3, 0.2)

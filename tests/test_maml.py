@@ -203,6 +203,4 @@ def test_wrong_arguments_are_named(arguments, error, words):
     model, _, theta, tasks = prepared("GroupNorm")
     given = {"alpha": 0.1, "inner_steps": 1} | arguments
     with pytest.raises(error, match=words):
-        amaml.meta_gradient(
-            model, theta, given["alpha"], tasks, inner_steps=given["inner_steps"]
-        )
+        amaml.meta_gradient(model, theta, given["alpha"], tasks, inner_steps=given["inner_steps"])
