@@ -22,6 +22,7 @@ PROFILES = {
 FIGURE_1_CASES = {  # starting rates (alpha, beta), for the mean cross-entropy and the mean of tasks
     "good": (0.4, 0.3),
     "too small": (0.001, 0.001),
+    "too large": (100.0, 0.3),
 }
 FIGURE_1_SEEDS = {"quick": (0, 1, 2), "medium": (0, 1, 2)}
 HYPER_RATES = {"quick": (1e-3, 1e-3), "medium": (1e-3, 1e-3)}  # (hyper_alpha, hyper_beta)

@@ -1,0 +1,67 @@
+# `make help` lists what there is. Each target does its own set-up in .venv.
+
+PYTHON ?= python3.11
+PROFILE ?= quick
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := build/notebooks/$(PROFILE)
+
+# The teaching chapters need images: embedded ones, or Omniglot where DATA says that it is.
+# The figure chapters need images only to train: with records they draw from those.
+TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
+FIGURES := 05_figure_1
+TEACHING_PROFILE := $(if $(DATA),$(PROFILE),quick)
+ifdef DATA
+export AMAML_DATA := $(abspath $(DATA))
+endif
+
+.PHONY: figures test lab notebooks clean help
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+	@echo
+	@echo "  PROFILE=quick|medium   what to make the figures from (default: quick)"
+	@echo "  DATA=folder            where Omniglot's images_background and images_evaluation are"
+	@echo "  RETRAIN=1              train again what has records"
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+figures: $(VENV)/installed  ## execute all notebooks and draw all figures
+	@mkdir -p $(BUILT)
+	@set -e; for chapter in $(TEACHING); do \
+		echo "-- $$chapter ($(TEACHING_PROFILE))"; \
+		$(BIN)/papermill --cwd book --no-progress-bar --log-level WARNING \
+			-p profile $(TEACHING_PROFILE) book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
+	done; for chapter in $(FIGURES); do \
+		echo "-- $$chapter ($(PROFILE))"; \
+		$(BIN)/papermill --cwd book --no-progress-bar --log-level WARNING --log-output \
+			-p profile $(PROFILE) -p retrain $(if $(RETRAIN),True,False) \
+			book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
+	done
+	@echo "executed notebooks: $(BUILT)"
+	@echo "pictures:           figures/$(PROFILE)"
+	@ls figures/$(PROFILE)/*.png
+
+test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, the pairs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs --ignore tests/test_pairs.py tests
+	$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-kernel-startup-timeout=120 \
+		-p no:cacheprovider book
+	$(BIN)/python -m pytest -q tests/test_pairs.py
+
+lab: $(VENV)/installed  ## open the book in JupyterLab
+	$(BIN)/jupyter lab book
+
+notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb
+	@set -e; for chapter in $(TEACHING) $(FIGURES); do \
+		$(BIN)/jupytext --to ipynb --execute book/$$chapter.md; \
+	done
+
+clean:  ## remove what was built (not runs/ and records)
+	rm -rf build figures/quick figures/records/*-quick.*
