@@ -9,6 +9,8 @@ Images are `(..., height, width, channels)` inside the network. Both layers work
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -43,7 +45,7 @@ class OmniglotCNN(nn.Module):
                 raise ValueError(f"{name}={value}: at least {least} is needed")
         channels = [1, filters, filters, filters, filters]
         self.blocks = nn.Sequential(
-            *(ConvBlock(*pair, generator) for pair in zip(channels, channels[1:], strict=False))
+            *(ConvBlock(*pair, generator) for pair in itertools.pairwise(channels))
         )
         # skip_init: nn.Linear's own initialisation would draw from torch's global generator.
         self.linear = nn.utils.skip_init(nn.Linear, filters, n_way)
@@ -58,7 +60,7 @@ class OmniglotCNN(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution with stride 2, batch normalisation, ReLU: `(batch, h, w, c)` to half the size.
+    """3x3 convolution with stride 2, batch normalisation, ReLU: (batch, h, w, c) to half the size.
 
     weight  (3, 3, in_channels, channels), as in TensorFlow
     offset  (channels,): what batch normalisation adds; it has no scale
@@ -98,7 +100,7 @@ class Patches(Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        *batch, h, w, c = x.shape
+        *_batch, h, w, c = x.shape
         padded = F.pad(x, (0, 0, w % 2, 1, h % 2, 1))
         windows = padded.unfold(-3, 3, 2).unfold(-3, 3, 2)  # (..., h/2, w/2, c, 3, 3), a view
         return windows.movedim(-3, -1).reshape(*windows.shape[:-3], 9 * c)

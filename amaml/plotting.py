@@ -59,7 +59,7 @@ def save(figure: Figure, name: str, profile: str, folder: str | Path | None = No
 
 
 def image_grid(images: Tensor, labels: list[str] | None = None, inch: float = 0.42) -> Figure:
-    """Images `(rows, columns, height, width)` side by side, dark ink on white; labels at the rows."""
+    """Images (rows, columns, height, width) side by side, dark ink on white; labels at the rows."""
     use_style()
     rows, columns = images.shape[:2]
     figure, axes = plt.subplots(
@@ -151,7 +151,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
 
 
 def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
-    """Query loss on the training tasks after adaptation, a trailing mean over `window` iterations."""
+    """Query loss on the training tasks after adaptation, trailing mean over `window` iterations."""
     stride = table.groupby("run")["iteration"].diff().median()
     rows = max(1, round(window / stride))
     return table.groupby("run")["query_loss"].transform(

@@ -12,7 +12,6 @@ import torch
 
 import amaml
 
-
 OMNIGLOT = os.environ.get("AMAML_DATA") and Path(os.environ["AMAML_DATA"])
 needs_omniglot = pytest.mark.skipif(
     not OMNIGLOT,
@@ -32,7 +31,7 @@ def torchvision_datasets(monkeypatch):
     Its compiled operators then cannot be loaded, and the data sets need none of them.
     """
     try:
-        import torchvision.datasets  # noqa: F401
+        import torchvision.datasets
     except (ImportError, RuntimeError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             monkeypatch.delitem(sys.modules, name)

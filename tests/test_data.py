@@ -10,6 +10,7 @@ import shutil
 import threading
 import zipfile
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ def small_omniglot(tmp_path, monkeypatch) -> Path:
                     digest.update(np.packbits(ink).tobytes())
                     file = io.BytesIO()
                     Image.fromarray(~ink).convert("1").save(file, "PNG")
-                    name = f"{part}/{alphabet}/character{character:02d}/{character:04d}_{drawing:02d}.png"
-                    archive.writestr(name, file.getvalue())
+                    name = f"character{character:02d}/{character:04d}_{drawing:02d}.png"
+                    archive.writestr(f"{part}/{alphabet}/{name}", file.getvalue())
     monkeypatch.setattr(data, "OMNIGLOT_PARTS", {"images_background": 2, "images_evaluation": 2})
     monkeypatch.setattr(data, "OMNIGLOT_FINGERPRINT", digest.hexdigest())
     return folder
@@ -231,7 +232,7 @@ def test_splits_are_disjoint_complete_and_of_the_right_sizes(n):
     )
     split = amaml.split_characters(characters, seed=3)
     parts = [split.train, split.validation, split.test]
-    assert sorted(sum((list(part.names) for part in parts), [])) == list(characters.names)
+    assert sorted(chain(*(part.names for part in parts))) == list(characters.names)
     if n == 1623:
         assert [len(part) for part in parts] == [1100, 100, 423]
     for part in parts:  # images go with their names

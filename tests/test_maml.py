@@ -103,7 +103,7 @@ def test_gradients_are_those_of_finite_differences(kind, inner_steps):
 
 
 def test_first_order_leaves_out_the_second_derivatives_and_nothing_else():
-    model, forward, theta, tasks = prepared("OmniglotCNN")
+    model, _forward, theta, tasks = prepared("OmniglotCNN")
     second, _, _ = amaml.meta_gradient(model, theta, 0.3, tasks)
     first, d_alpha, _ = amaml.meta_gradient(model, theta, 0.3, tasks, first_order=True)
     assert relative_error(first, second) > 0.01

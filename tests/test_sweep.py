@@ -1,0 +1,97 @@
+"""Many runs, published records, and the figure that is drawn from them."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from test_training import SMALL
+
+import amaml
+from amaml import experiments, plotting, records, sweep
+
+
+def tiny(monkeypatch):
+    """All figures at a size that takes seconds; profile "quick"."""
+    small = {name: SMALL[name] for name in ("data", "filters", "meta_batch_size")}
+    small |= {"iterations": 12, "validation_every": 4, "validation_tasks": 3, "n_way": 3}
+    monkeypatch.setitem(experiments.PROFILES, "quick", small)
+    monkeypatch.setattr(experiments, "SEEDS", (0, 1))
+
+
+def test_all_runs_come_back_as_one_table_and_are_not_made_twice(tmp_path):
+    configs = [amaml.RunConfig(**SMALL, iterations=5, seed=seed) for seed in (0, 1, 0)]
+    table = amaml.run_all(configs, tmp_path, progress=False)
+    assert len(table) == 10 and table["run"].nunique() == 2
+    assert (table["alpha_0"] == 0.1).all() and table["alpha"].nunique() > 5
+    alone = amaml.train(configs[1], tmp_path / "alone", progress=False)
+    together = table[table["run"] == alone.id]["query_loss"]
+    assert together.tolist() == pytest.approx(alone.metrics["query_loss"].tolist(), rel=1e-4)
+    changed = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    again = amaml.run_all(configs, tmp_path, progress=False)
+    pd.testing.assert_frame_equal(again, table)
+    assert changed == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+
+
+def test_a_failed_run_is_reported_with_its_config_and_stops_no_other(tmp_path):
+    good, bad = (amaml.RunConfig(**(SMALL | {"iterations": 3, "n_way": n})) for n in (3, 999))
+    finished = []
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed.*n_way=999.*needs 999 characters"):
+        amaml.run_all([bad, good], tmp_path, progress=False, on_finish=finished.append)
+    assert [run.config for run in finished] == [good]
+
+
+def test_a_figure_trains_what_is_missing_and_is_drawn_from_its_records(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    places = {"out": tmp_path / "runs", "folder": tmp_path / "records", "progress": False}
+    table = sweep.figure_records("figure_1", "quick", **places)
+    assert table["run"].nunique() == len(experiments.figure_1("quick")) == 12
+    assert table.groupby("case")["method"].nunique().tolist() == [2, 2, 2]
+    read, made_by = records.read_records("figure_1", "quick", tmp_path / "records")
+    pd.testing.assert_frame_equal(read, table.reset_index(drop=True))
+    assert sum(len(batch["runs"]) for batch in made_by) == 12
+
+    monkeypatch.setattr(sweep, "run_all", lambda *a, **k: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(sweep.figure_records("figure_1", "quick", **places), read)
+    monkeypatch.undo()
+    tiny(monkeypatch)
+    lost = read[read["run"] != read["run"].iloc[0]]
+    records.write_records("figure_1", "quick", lost, made_by, tmp_path / "records")
+    filled = sweep.figure_records("figure_1", "quick", **places)
+    columns = ["run", "iteration"]
+    pd.testing.assert_frame_equal(
+        filled.sort_values(columns, ignore_index=True), read.sort_values(columns, ignore_index=True)
+    )
+
+    drawn = [
+        [
+            path.read_bytes()
+            for path in plotting.save(plotting.figure_1(table), "f", folder, tmp_path)
+        ]
+        for folder in ("first", "second")
+    ]
+    assert drawn[0] == drawn[1]  # the same records give the same bytes
+    figure = plotting.figure_1(table)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert [title.split("\n")[0] for title in titles] == ["good", "too small", "too large"]
+    line = figure.axes[0].lines[0]  # alpha, good case, MAML: constant
+    assert set(line.get_ydata()) == {pytest.approx(0.4)}
+
+
+def test_unknown_figures_and_profiles_are_named():
+    with pytest.raises(ValueError, match="figure='figure_7'.*figure_1"):
+        sweep.figure_records("figure_7", "quick")
+    with pytest.raises(ValueError, match="profile='huge'.*quick, medium"):
+        sweep.figure_records("figure_1", "huge")
+    with pytest.raises(SystemExit):
+        sweep.main(["--figure", "figure_1", "--profile", "huge"])
+
+
+def test_configs_of_a_figure_are_paired_by_seed():
+    labelled = experiments.figure_1("medium")
+    assert len({config.id for _, config in labelled}) == len(labelled) == 18
+    assert len({(config.hyper_alpha, config.hyper_beta) for _, config in labelled}) == 2
+    for label, config in labelled:
+        assert (label["method"] == "MAML") == (config.hyper_alpha == config.hyper_beta == 0)
+    assert {c.seed for _, c in experiments.hyper_rates("medium")}.isdisjoint(
+        c.seed for _, c in labelled
+    )
