@@ -159,6 +159,20 @@ def thin(metrics: pd.DataFrame, points: int) -> pd.DataFrame:
     return metrics[kept]
 
 
+def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:
+    """A row a run: its last `window` iterations in one number each.
+
+    The columns that are constant within a run (labels, config, status), and `validation_loss` and
+    `validation_accuracy` as means over the validations in the window, which for a run that
+    diverged ends where it did; `alpha` and `beta` are those of the last iteration.
+    """
+    ends = table.groupby("run", sort=False)["iteration"].transform("max")
+    last = table[table["iteration"] > ends - window].groupby("run", sort=False)
+    summary = last.first()
+    means = last[["validation_loss", "validation_accuracy"]].mean()
+    return summary.assign(**means, alpha=last["alpha"].last(), beta=last["beta"].last())
+
+
 def write_records(
     figure: str, profile: str, table: pd.DataFrame, made_by: list[dict], folder=RECORDS
 ) -> Path:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -83,12 +82,13 @@ def workers(client, n_runs: int):
         yield client
         return
     import dask
+    from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
     # Dask tells malloc to hand freed memory back at once; a training step takes the same memory
     # again, and then spends more than half of its time on page faults.
     keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
-    n_workers = max(1, min(len(os.sched_getaffinity(0)), n_runs))
+    n_workers = max(1, min(CPU_COUNT, n_runs))
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": keep | ONE_THREAD}),
         LocalCluster(n_workers, threads_per_worker=1, dashboard_address=None) as cluster,
