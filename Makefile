@@ -5,12 +5,13 @@ PROFILE ?= quick
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT := build/notebooks/$(PROFILE)
+RETRAINED := $(if $(RETRAIN),True,False)
 
-# The teaching chapters need images: embedded ones, or Omniglot where DATA says that it is.
-# The figure chapters need images only to train: with records they draw from those.
+# The teaching chapters need images, so beyond the embedded ones they need DATA. The figure chapters
+# need images only to train: with records they draw from those, in seconds.
 TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
 FIGURES := 05_figure_1
-TEACHING_PROFILE := $(if $(DATA),$(PROFILE),quick)
+EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES)
 ifdef DATA
 export AMAML_DATA := $(abspath $(DATA))
 endif
@@ -33,15 +34,11 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 figures: $(VENV)/installed  ## execute all notebooks and draw all figures
 	@mkdir -p $(BUILT)
-	@set -e; for chapter in $(TEACHING); do \
-		echo "-- $$chapter ($(TEACHING_PROFILE))"; \
-		$(BIN)/papermill --cwd book --no-progress-bar --log-level WARNING \
-			-p profile $(TEACHING_PROFILE) book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
-	done; for chapter in $(FIGURES); do \
+	@set -e; for chapter in $(EXECUTED); do \
 		echo "-- $$chapter ($(PROFILE))"; \
-		$(BIN)/papermill --cwd book --no-progress-bar --log-level WARNING --log-output \
-			-p profile $(PROFILE) -p retrain $(if $(RETRAIN),True,False) \
-			book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
+		case " $(FIGURES) " in *" $$chapter "*) options="-p retrain $(RETRAINED)";; *) options=;; esac; \
+		$(BIN)/papermill --cwd book --no-progress-bar --log-level WARNING \
+			-p profile $(PROFILE) $$options book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
 	done
 	@echo "executed notebooks: $(BUILT)"
 	@echo "pictures:           figures/$(PROFILE)"

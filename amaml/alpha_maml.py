@@ -95,7 +95,8 @@ def meta_step(
 
     `metrics` holds scalars: `support_loss` (at theta), `query_loss` and `query_accuracy` (at
     theta_prime), the `alpha` and `beta` of this iteration, `gradient_norm` of the meta-gradient,
-    and the two hypergradients `d_alpha` (equation 4) and `d_beta` (equation 6).
+    and the two hypergradients `d_alpha` (equation 4) and `d_beta` (equation 6). With `first_order`
+    these are taken with the first-order gradients, and so only approximate.
     """
     theta, alpha, beta, direction, moments = state
     gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)

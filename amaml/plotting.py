@@ -6,6 +6,7 @@ and in grey print.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from amaml.records import PROJECT
@@ -111,8 +113,8 @@ def figure_1(table: pd.DataFrame) -> Figure:
 
     `table` is that of `sweep.figure_records("figure_1", profile)`: a column of panels a case, a
     line a method (the mean over the seeds), a band from the lowest to the highest seed. Training
-    losses of single meta-batches are averaged over 20 iterations. Runs that diverged end with a
-    cross.
+    losses of single meta-batches are averaged over 20 iterations. The dotted line is the loss of
+    guessing. Runs that diverged end with a cross.
     """
     use_style()
     cases = list(dict.fromkeys(table["case"]))
@@ -138,9 +140,10 @@ def figure_1(table: pd.DataFrame) -> Figure:
             mark_divergence(axis, shown, quantity)
             axis.set(xlabel="iteration t", ylabel=rows[quantity] if column == 0 else "")
             if quantity in ("training_loss", "validation_loss"):
-                axis.set_ylim(0, loss_limit(table))
-            elif shown.groupby("method")[quantity].mean().min() <= 0:
-                axis.axhline(0, color="0.7", linewidth=0.6)
+                loss_axis(axis, table[quantity], table["n_way"].max())
+            else:
+                values = shown[quantity]
+                axis.set_ylim(min(0, 1.1 * values.min()), max(0, 1.1 * values.max()))
         axes[0, column].set_title(title(case, shown))
     handles = [
         plt.Line2D([], [], color=COLOURS[m], linestyle="--" if DASHES[m] else "-", label=m)
@@ -159,9 +162,13 @@ def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
     )
 
 
-def loss_limit(table: pd.DataFrame) -> float:
-    """Where the axes of losses end: a little above chance, the loss of guessing among n_way."""
-    return 1.5 * float(torch.tensor(table["n_way"].max()).log())
+def loss_axis(axis, losses: pd.Series, n_way: int) -> None:
+    """A logarithmic axis that holds all these losses, with a dotted line at that of guessing."""
+    axis.set(yscale="log", ylim=(0.9 * losses.min(), 1.1 * losses.max()))
+    axis.axhline(math.log(n_way), color="0.6", linestyle=":", linewidth=0.8)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def title(case: str, shown: pd.DataFrame) -> str:

@@ -193,7 +193,9 @@ def train(
         state = restore_state(saved, device)
     records.truncate_metrics(folder / "metrics.csv", iteration)
 
-    status, pending, started = "running", [], time.perf_counter() - seconds
+    rates = {"hyper_alpha": config.hyper_alpha, "hyper_beta": config.hyper_beta}
+    inner = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
+    status, started = "running", time.perf_counter() - seconds
     bar = tqdm(
         total=config.iterations,
         initial=iteration,
@@ -202,64 +204,39 @@ def train(
         mininterval=1.0,
         disable=not progress,
     )
-    with bar:
-        while status == "running":
+    while status == "running":
+        intervals = (FLUSH_EVERY, config.validation_every, checkpoint_every, config.iterations)
+        stop = min((iteration // interval + 1) * interval for interval in intervals)
+        pending = []
+        for _ in range(iteration, stop):  # nothing in here waits for the device
             tasks = sampler.sample(config.meta_batch_size, tasks_generator)
-            state, metrics = meta_step(
-                model,
-                state,
-                tasks,
-                hyper_alpha=config.hyper_alpha,
-                hyper_beta=config.hyper_beta,
-                inner_steps=config.inner_steps,
-                first_order=config.first_order,
-                loss=loss,
-            )
+            state, metrics = meta_step(model, state, tasks, **rates, **inner)
             pending.append(metrics)
-            iteration += 1
-            last = iteration == config.iterations
-            validate = last or iteration % config.validation_every == 0
-            checkpoint = last or iteration % checkpoint_every == 0
-            if not (validate or checkpoint or iteration % FLUSH_EVERY == 0):
-                continue
+        iteration, last = stop, stop == config.iterations
 
-            rows, finite = to_rows(pending, iteration)
-            bar.update(len(pending))
-            pending = []
-            if validate and finite:
-                measured = evaluate(
-                    model, state, validation, inner_steps=config.inner_steps, loss=loss
-                )
-                finite = math.isfinite(measured["query_loss"])
-                for name in ("loss", "accuracy"):
-                    if f"query_{name}" in measured:
-                        rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
-            records.append_metrics(folder / "metrics.csv", rows)
-            show = rows.iloc[-1]
-            bar.set_postfix(
-                {
-                    name: f"{show[column]:.3g}"
-                    for name, column in (
-                        ("loss", "query_loss"),
-                        ("accuracy", "query_accuracy"),
-                        ("alpha", "alpha"),
-                        ("beta", "beta"),
-                    )
-                    if column in show
-                }
-            )
-            if not finite:
-                status, iteration = "diverged", int(show["iteration"])
-            elif validate and reached(config.threshold, measured["query_loss"]):
-                status = "reached"
-            elif last:
-                status = "done"
-            if checkpoint or status != "running":
-                seconds = time.perf_counter() - started
-                tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
-                records.save_checkpoint(
-                    folder / "checkpoint.safetensors", tensors, iteration, seconds
-                )
+        rows, finite = to_rows(pending, iteration)
+        validation_loss = math.inf
+        if finite and (last or iteration % config.validation_every == 0):
+            measured = evaluate(model, state, validation, inner_steps=config.inner_steps, loss=loss)
+            validation_loss = measured["query_loss"]
+            finite = math.isfinite(validation_loss)
+            for name in ("loss", "accuracy"):
+                if f"query_{name}" in measured:
+                    rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
+        records.append_metrics(folder / "metrics.csv", rows)
+        show(bar, len(pending), rows.iloc[-1])
+
+        if not finite:
+            status, iteration = "diverged", int(rows["iteration"].iloc[-1])
+        elif config.threshold is not None and validation_loss <= config.threshold:
+            status = "reached"
+        elif last:
+            status = "done"
+        if status != "running" or iteration % checkpoint_every == 0:
+            seconds = time.perf_counter() - started
+            tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
+            records.save_checkpoint(folder / "checkpoint.safetensors", tensors, iteration, seconds)
+    bar.close()
     result = {"status": status, "iteration": iteration, "seconds": round(seconds, 1)}
     records.write_json(folder / "result.json", result | records.provenance(device))
     return read_run(folder, config)
@@ -270,8 +247,12 @@ def load(data: str, root=None):
     return LOADERS[data](root) if data == "omniglot" else LOADERS[data]()
 
 
-def reached(threshold: float | None, validation_loss: float) -> bool:
-    return threshold is not None and validation_loss <= threshold
+def show(bar: tqdm, iterations: int, row: pd.Series) -> None:
+    """Advance the progress line and show the numbers of an iteration."""
+    shown = {"query_loss": "loss", "query_accuracy": "accuracy", "alpha": "alpha", "beta": "beta"}
+    numbers = {label: f"{row[name]:.3g}" for name, label in shown.items() if name in row}
+    bar.update(iterations)
+    bar.set_postfix(numbers)
 
 
 def read_run(folder: Path, config: RunConfig) -> Run:

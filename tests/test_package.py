@@ -54,3 +54,12 @@ def test_the_readme_runs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "query_accuracy" in done.stdout
+
+
+def test_the_numbers_on_the_front_page_are_those_of_the_records():
+    index = (ROOT / "book" / "index.md").read_text()
+    table, _ = records.read_records("figure_1", "medium")
+    loss = records.final_validation(table).groupby(["case", "method"])["validation_loss"].mean()
+    for case in table["case"].unique():
+        row = [f"{loss[case, method]:.2f}" for method in ("MAML", "Alpha MAML")]
+        assert f"| {case} | {' | '.join(row)} |" in index
