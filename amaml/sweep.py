@@ -91,7 +91,7 @@ def workers(client, n_runs: int):
     n_workers = max(1, min(CPU_COUNT, n_runs))
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": keep | ONE_THREAD}),
-        LocalCluster(n_workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         yield client

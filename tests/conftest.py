@@ -88,4 +88,5 @@ def relative_error(a, b) -> float:
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         a, b = (torch.cat([d[name].reshape(-1) for name in sorted(d)]) for d in (a, b))
+    a, b = a.detach(), b.detach()
     return float((a - b).norm() / b.norm())
