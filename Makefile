@@ -5,7 +5,7 @@ PROFILE ?= quick
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT := build/notebooks/$(PROFILE)
-RETRAINED := $(if $(RETRAIN),True,False)
+RETRAINED := $(if $(filter-out 0 no false False,$(RETRAIN)),True,False)
 
 # The teaching chapters need images, so beyond the embedded ones they need DATA. The figure chapters
 # need images only to train: with records they draw from those, in seconds.
@@ -13,7 +13,11 @@ TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
 FIGURES := 05_figure_1
 EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES)
 ifdef DATA
-export AMAML_DATA := $(abspath $(DATA))
+export AMAML_DATA := $(abspath $(patsubst ~/%,$(HOME)/%,$(DATA)))
+endif
+
+ifeq ($(filter quick medium,$(PROFILE)),)
+$(error PROFILE=$(PROFILE) is unknown: give quick or medium)
 endif
 
 .PHONY: figures test lab notebooks clean help

@@ -4,11 +4,12 @@ A thin module behind a reproducibility book for Behl, Baydin and Torr (2019), ar
 """
 
 from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
+from amaml.config import RunConfig
 from amaml.data import Characters, Split, load_glyphs, load_omniglot, split_characters
 from amaml.maml import adapt, meta_gradient
 from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
-from amaml.training import Run, RunConfig, train
+from amaml.training import Run, train
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,16 @@ SIZE = 28
 OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}  # folder: characters
 OMNIGLOT_FINGERPRINT = "75a36f7ce605ee617d0c45021613841aec979e079f71594e885aba52a7c003ce"
 PACKED_VERSION = 1  # raised when the packed arrays change: older cache files are left alone
+# What zipfile, Pillow and numpy raise on damaged files.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+)
 HOW_TO_GET = (
     "Give the folder that holds images_background and images_evaluation (as .zip files or "
     "unpacked) as root=..., or in the environment variable AMAML_DATA, or call "
@@ -120,7 +129,10 @@ def load_omniglot(root: str | os.PathLike | None = None, download: bool = False)
         download_omniglot(root)
     parts = find_parts(root)
     if parts is None:
-        raise FileNotFoundError(f"no Omniglot in {root}. {HOW_TO_GET}")
+        raise FileNotFoundError(
+            f"no Omniglot in {root}: {' and '.join(OMNIGLOT_PARTS)} are not both there, neither as "
+            f".zip nor as folder. {HOW_TO_GET}"
+        )
 
     cached = cache_folder() / f"omniglot-{PACKED_VERSION}-{source_key(parts)}.npz"
     packed = read_packed(cached)
@@ -237,15 +249,10 @@ def pack_omniglot(parts: list[Path]) -> tuple[np.ndarray, list[str]]:
                 # Of one-bit files Pillow would take the nearest pixel; of grey ones it filters.
                 small = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
                 drawings.setdefault(name.rpartition("/")[0], []).append(255 - np.asarray(small))
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:
-            raise ValueError(f"{part} is damaged: {error}. {HOW_TO_GET}") from error
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{part} is damaged ({error}); remove it and get it again. {HOW_TO_GET}"
+            ) from error
         if len(drawings) - before != n_characters:
             raise ValueError(
                 f"{part} holds {len(drawings) - before} characters, {folder} of Omniglot has "
@@ -267,12 +274,21 @@ def pack_omniglot(parts: list[Path]) -> tuple[np.ndarray, list[str]]:
 
 def write_packed(path: Path, images: np.ndarray, names: Sequence[str]) -> None:
     """Cache a packed array, replaced as a whole so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.savez_compressed(
-            file, images=images, names=np.array(names), sha256=packed_digest(images, names)
-        )
-    os.replace(file.name, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    arrays = {"images": images, "names": np.array(names), "sha256": packed_digest(images, names)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise type(error)(
+            error.errno,
+            f"the packed images cannot be cached ({error.strerror}); give a folder that can be "
+            "written in the environment variable XDG_CACHE_HOME",
+            str(path),
+        ) from error
 
 
 def read_packed(path: Path) -> tuple[np.ndarray, list[str]] | None:
@@ -281,7 +297,7 @@ def read_packed(path: Path) -> tuple[np.ndarray, list[str]] | None:
         with np.load(path, allow_pickle=False) as file:
             images, names = file["images"], file["names"].tolist()
             intact = str(file["sha256"]) == packed_digest(images, names)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (KeyError, *UNREADABLE):
         return None
     return (images, names) if intact else None
 

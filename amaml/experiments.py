@@ -6,7 +6,7 @@ the config says all that determines its numbers.
 
 from __future__ import annotations
 
-from amaml.training import RunConfig
+from amaml.config import RunConfig
 
 Experiment = list[tuple[dict, RunConfig]]
 
@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 
 TRIED_HYPER_RATES = (1e-4, 1e-3, 1e-2)
 TRIAL_SEED = 100  # hyper rates are chosen on a seed that no figure shows
-TRIAL_ITERATIONS = 200
+TRIAL_ITERATIONS = 100
 
 
 def figure_1(profile: str) -> Experiment:

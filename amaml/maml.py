@@ -34,8 +34,8 @@ def adapt(
 
     `x` (examples, ...) and `y` (examples, ...) are the support set of one task. The result is
     differentiable in `theta` and `alpha`; with `first_order` the inner gradients count as
-    constants (section 5.2 of Finn et al. 2017). Parameters named in `model.meta_only`, if the
-    model has that attribute, are left as they are.
+    constants (section 5.2 of Finn et al. 2017). Parameters named in an attribute `meta_only` of the
+    model or of one of its parts are left as they are.
     """
     check_module(model)
     check_inner_steps(inner_steps)
@@ -54,8 +54,8 @@ def inner_loop(
     loss: Loss,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`adapt` without its checks: theta_prime, and the support loss at theta (before any step)."""
-    meta_only = getattr(model, "meta_only", frozenset())
-    adapted = {name: value for name, value in theta.items() if name not in meta_only}
+    fixed = meta_only(model)
+    adapted = {name: value for name, value in theta.items() if name not in fixed}
 
     def support_loss(adapted: Theta) -> Tensor:
         return loss(functional_call(model, {**theta, **adapted}, (x,)), y)
@@ -117,6 +117,15 @@ def meta_gradient(
     # Contiguous, as a checkpoint gives it back: the order of later sums depends on the layout.
     gradient = {name: g.mean(0).contiguous() for name, g in gradient.items()}
     return gradient, d_alpha.mean(0), {name: m.mean(0) for name, m in metrics.items()}
+
+
+def meta_only(model: nn.Module) -> set[str]:
+    """Names of the parameters that the inner loop leaves alone, from all parts of the model."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "meta_only", ())
+    }
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:

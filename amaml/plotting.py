@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -132,7 +133,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
         shown = table[table["case"] == case]
         for axis, quantity in zip(axes[:, column], rows, strict=True):
             sns.lineplot(
-                shown.dropna(subset=quantity), x="iteration", y=quantity, hue="method",
+                shown[np.isfinite(shown[quantity])], x="iteration", y=quantity, hue="method",
                 style="method", hue_order=METHODS, style_order=METHODS, palette=COLOURS,
                 dashes=DASHES, errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
                 ax=axis, legend=False,
@@ -142,7 +143,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
             if quantity in ("training_loss", "validation_loss"):
                 loss_axis(axis, table[quantity], table["n_way"].max())
             else:
-                values = shown[quantity]
+                values = shown[quantity][np.isfinite(shown[quantity])]
                 axis.set_ylim(min(0, 1.1 * values.min()), max(0, 1.1 * values.max()))
         axes[0, column].set_title(title(case, shown))
     handles = [
@@ -155,16 +156,18 @@ def figure_1(table: pd.DataFrame) -> Figure:
 
 def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
     """Query loss on the training tasks after adaptation, trailing mean over `window` iterations."""
-    stride = table.groupby("run")["iteration"].diff().median()
-    rows = max(1, round(window / stride))
-    return table.groupby("run")["query_loss"].transform(
-        lambda losses: losses.rolling(rows, min_periods=1).mean()
-    )
+    smooth = []
+    for _, run in table.groupby("run"):
+        stride = run["iteration"].diff().median() if len(run) > 1 else 1
+        rows = max(1, round(window / stride))
+        smooth.append(run["query_loss"].rolling(rows, min_periods=1).mean())
+    return pd.concat(smooth).reindex(table.index)
 
 
 def loss_axis(axis, losses: pd.Series, n_way: int) -> None:
-    """A logarithmic axis that holds all these losses, with a dotted line at that of guessing."""
-    axis.set(yscale="log", ylim=(0.9 * losses.min(), 1.1 * losses.max()))
+    """A logarithmic axis that holds all losses up to 20 times guessing, which is a dotted line."""
+    highest = min(losses[np.isfinite(losses)].max(), 20 * math.log(n_way))
+    axis.set(yscale="log", ylim=(0.9 * losses.min(), 1.1 * highest))
     axis.axhline(math.log(n_way), color="0.6", linestyle=":", linewidth=0.8)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -181,11 +184,6 @@ def title(case: str, shown: pd.DataFrame) -> str:
 def mark_divergence(axis, shown: pd.DataFrame, quantity: str) -> None:
     """A cross at the last finite value of each run that diverged."""
     for _, run in shown[shown["status"] == "diverged"].groupby("run"):
-        last = run.dropna(subset=quantity).tail(1)
-        axis.plot(
-            last["iteration"],
-            last[quantity],
-            "x",
-            color=COLOURS[last["method"].item()],
-            clip_on=False,
-        )
+        last = run[np.isfinite(run[quantity])].tail(1)
+        colour = COLOURS[run["method"].iloc[0]]
+        axis.plot(last["iteration"], last[quantity], "x", color=colour, clip_on=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -79,8 +80,16 @@ def read_table(text: str) -> pd.DataFrame:
 
 
 def truncate_metrics(path: Path, last_iteration: int) -> None:
-    """Cut the metrics back to a checkpoint, so that the iterations after it are not there twice."""
+    """Cut the metrics back to a checkpoint, so that the iterations after it are not there twice.
+
+    ValueError where rows before the checkpoint are missing.
+    """
     kept = read_metrics(path, last_iteration)
+    if len(kept) != last_iteration:
+        raise ValueError(
+            f"{path} holds {len(kept)} of the {last_iteration} iterations before the checkpoint; "
+            "remove the run's folder to start the run anew"
+        )
     text = kept.to_csv(index=False) if len(kept) else ""
     write_atomically(path, text.encode())
 
@@ -147,29 +156,26 @@ def unflatten(flat: dict[str, Tensor]) -> dict:
 
 
 def thin(metrics: pd.DataFrame, points: int) -> pd.DataFrame:
-    """At most about `points` rows of a run, evenly spaced, the first and the last among them.
-
-    Rows with a validation come first: where there are no more than `points` of those, the others
-    fill up between them.
-    """
+    """At most about `points` rows of a run: evenly spaced ones, the first, the last, and all that
+    hold a validation (of which there must be few: they are what figures are judged by)."""
     stride = max(1, -(-len(metrics) // points))
-    kept = (metrics["iteration"] % stride == 0) | metrics["iteration"].isin(
-        [metrics["iteration"].min(), metrics["iteration"].max()]
-    )
-    return metrics[kept]
+    iteration = metrics["iteration"]
+    kept = (iteration % stride == 0) | iteration.isin([iteration.min(), iteration.max()])
+    return metrics[kept | metrics["validation_loss"].notna()]
 
 
 def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:
     """A row a run: its last `window` iterations in one number each.
 
     The columns that are constant within a run (labels, config, status), and `validation_loss` and
-    `validation_accuracy` as means over the validations in the window, which for a run that
-    diverged ends where it did; `alpha` and `beta` are those of the last iteration.
+    `validation_accuracy` as means over the validations in the window; `alpha` and `beta` are those
+    of the last iteration. The loss of a run that diverged is infinite.
     """
     ends = table.groupby("run", sort=False)["iteration"].transform("max")
     last = table[table["iteration"] > ends - window].groupby("run", sort=False)
     summary = last.first()
     means = last[["validation_loss", "validation_accuracy"]].mean()
+    means.loc[summary["status"] == "diverged", "validation_loss"] = math.inf
     return summary.assign(**means, alpha=last["alpha"].last(), beta=last["beta"].last())
 
 
@@ -178,15 +184,15 @@ def write_records(
 ) -> Path:
     """Publish a figure's table (a row a logged iteration) and its header; returns the table's path.
 
-    `made_by` lists, for each batch of runs, the ids and what made them (see `provenance`).
+    `made_by` lists what made which runs (see `provenance`), with the seconds that each took.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{figure}-{profile}.csv.gz"
     content = gzip.compress(table.to_csv(index=False).encode(), mtime=0)
     header = {"layout": LAYOUT, "figure": figure, "profile": profile, "made_by": made_by}
-    write_atomically(path, content)
     write_json(folder / f"{figure}-{profile}.json", header)
+    write_atomically(path, content)
     return path
 
 

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from amaml import experiments, records
-from amaml.training import Run, RunConfig, train
+from amaml.config import RunConfig
+from amaml.training import Run, train
 
 POINTS = 500  # rows a run that are published, at most
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
@@ -41,6 +42,8 @@ def run_all(
     lists those that failed, with their configs.
     """
     configs = list(dict.fromkeys(configs))
+    if not configs:
+        raise ValueError("configs is empty: give at least one RunConfig")
     runs, failed = {}, {}
     with workers(client, len(configs)) as client:
         from distributed import as_completed
@@ -116,7 +119,7 @@ def figure_records(
     profile: str,
     *,
     retrain: bool = False,
-    out: str | Path = "runs",
+    out: str | Path = records.PROJECT / "runs",
     folder: str | Path = records.RECORDS,
     client=None,
     root: str | Path | None = None,
@@ -124,47 +127,51 @@ def figure_records(
 ) -> pd.DataFrame:
     """The table that a figure is drawn from: its published records, after training what is missing.
 
-    Each run is published to `folder` as it finishes. With `retrain` all runs are made, and their
-    records replaced.
+    Each run is published to `folder` as it finishes, in the place of an older record of the same
+    run. With `retrain` the published records are not taken for granted; runs that are finished or
+    under way in `out` still are (remove their folders to make them from nothing).
     """
     labelled = experiments.runs_of(figure, profile)
     labels = {config.id: label for label, config in labelled}
+    order = {run_id: place for place, run_id in enumerate(labels)}
     table, made_by = records.read_records(figure, profile, folder)
-    wanted = table["run"].isin([] if retrain else list(labels))
-    table, finished = table[wanted], set(table["run"][wanted])
-    made_by = [batch | {"runs": sorted(finished & set(batch["runs"]))} for batch in made_by]
-    made_by = [batch for batch in made_by if batch["runs"]]
+    table = table[table["run"].isin(order)]
+    finished = set(table["run"])
 
     def publish(run: Run) -> None:
         nonlocal table
         new = records.thin(tabulate(run, labels[run.id]), POINTS)
-        table = pd.concat([table, new], ignore_index=True) if len(table) else new
-        result = records.read_json(Path(out) / run.id / "result.json")
-        add_batch(made_by, run.id, result)
+        old = table[table["run"] != run.id]
+        table = pd.concat([old, new]) if len(old) else new
+        table = table.sort_values("run", key=lambda r: r.map(order), kind="stable")
+        enter(made_by, run.id, records.read_json(Path(out) / run.id / "result.json"))
         records.write_records(figure, profile, table, made_by, folder)
 
-    missing = [config for _, config in labelled if config.id not in finished]
+    missing = [config for _, config in labelled if retrain or config.id not in finished]
     if missing:
         run_all(missing, out, client, root=root, progress=progress, on_finish=publish)
-    return table
+    return table.reset_index(drop=True)
 
 
-def add_batch(made_by: list[dict], run_id: str, result: dict) -> None:
-    """Enter a run into the header under what made it, with the seconds it took."""
+def enter(made_by: list[dict], run_id: str, result: dict) -> None:
+    """Enter a run and the seconds it took into the header, under what made it."""
     maker = {key: result[key] for key in ("commit", "clean", "versions", "machine", "threads")}
     for batch in made_by:
-        if {key: batch[key] for key in maker} == maker:
-            batch["runs"] = sorted([*batch["runs"], run_id])
-            batch["seconds"] = round(batch["seconds"] + result["seconds"], 1)
+        batch["runs"].pop(run_id, None)
+    for batch in made_by:
+        if all(batch[key] == value for key, value in maker.items()):
+            batch["runs"][run_id] = result["seconds"]
             return
-    made_by.append(maker | {"runs": [run_id], "seconds": result["seconds"]})
+    made_by.append(maker | {"runs": {run_id: result["seconds"]}})
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m amaml.sweep", description=__doc__)
     parser.add_argument("--figure", required=True, choices=list(experiments.FIGURES))
     parser.add_argument("--profile", required=True, choices=list(experiments.PROFILES))
-    parser.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument(
+        "--out", default=records.PROJECT / "runs", help="folder of the runs (default: runs)"
+    )
     parser.add_argument("--data", default=None, help="folder of Omniglot (default: $AMAML_DATA)")
     parser.add_argument("--retrain", action="store_true", help="replace the published records")
     given = parser.parse_args(arguments)

@@ -1,14 +1,12 @@
-"""One run: a validated configuration, the training loop, and its resumption."""
+"""One run: the training loop and its resumption."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,93 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from amaml import records
-from amaml.alpha_maml import META_OPTIMIZERS, MetaState, evaluate, init_state, meta_step
+from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
+from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, split_characters
 from amaml.maml import Loss
 from amaml.model import OmniglotCNN
 from amaml.tasks import TaskSampler
 
-NUMERICS = 1  # raised whenever a change alters results: older runs are then not taken for new ones
 FLUSH_EVERY = 10  # iterations between two looks at the metrics, and so between two device syncs
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that determines a run's numbers. Every field has a default.
-
-    data                    "omniglot" or "glyphs"
-    n_way, k_shot, k_query  classes, support and query images of each, in a task
-    rotate                  whether classes are turned by multiples of 90 degrees
-    filters                 channels of the network's convolutions
-    meta_batch_size         tasks an iteration
-    inner_steps             gradient steps of the inner loop, in training and validation
-    first_order             leave out the second-order term
-    alpha, beta             starting rates, inner and meta
-    hyper_alpha, hyper_beta hyper learning rates; both 0 is MAML
-    meta_optimizer          "sgd" or "adam"
-    iterations              how many at most
-    threshold               stop once the validation loss is at most this (None: never)
-    validation_every        iterations between two validations
-    validation_tasks        number of fixed tasks to validate on
-    seed                    fixes initialisation, training tasks and validation tasks
-
-    Raises TypeError or ValueError, naming the field, what was given and what is allowed.
-    """
-
-    data: str = "omniglot"
-    n_way: int = 5
-    k_shot: int = 1
-    k_query: int = 1
-    rotate: bool = True
-    filters: int = 64
-    meta_batch_size: int = 32
-    inner_steps: int = 1
-    first_order: bool = False
-    alpha: float = 0.01
-    beta: float = 0.01
-    hyper_alpha: float = 0.01
-    hyper_beta: float = 0.01
-    meta_optimizer: str = "sgd"
-    iterations: int = 1000
-    threshold: float | None = None
-    validation_every: int = 10
-    validation_tasks: int = 64
-    seed: int = 0
-
-    def __new__(cls, *args, **given):
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise TypeError(f"unknown field {name!r}; RunConfig has {', '.join(known)}")
-        return super().__new__(cls)
-
-    def __post_init__(self):
-        least = {"n_way": 2, "seed": 0}
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type == "int":
-                self._number(name, value, Integral, least.get(name, 1))
-            elif field.type == "float" or (field.type == "float | None" and value is not None):
-                self._number(name, value, Real, 0)
-            elif field.type == "bool" and not isinstance(value, bool):
-                raise TypeError(f"{name}={value!r}: must be True or False")
-        for name, allowed in (("data", tuple(LOADERS)), ("meta_optimizer", META_OPTIMIZERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
-
-    def _number(self, name: str, value, kind: type, least: int) -> None:
-        """Check a number and store it as plain int or float, so that equal configs are equal."""
-        what = "a whole number" if kind is Integral else "a number"
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"{name}={value!r}: must be {what}")
-        if not math.isfinite(value) or value < least:
-            raise ValueError(f"{name}={value!r}: must be finite and at least {least}")
-        object.__setattr__(self, name, int(value) if kind is Integral else float(value))
-
-    @property
-    def id(self) -> str:
-        """A hash of the fields and of the version of the numerics: the name of the run's folder."""
-        return fingerprint({"numerics": NUMERICS, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -162,31 +81,39 @@ def train(
         raise TypeError(f"checkpoint_every must be a whole number, not {checkpoint_every!r}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every}: must be at least 1")
-    own = describe_own(model, sampler, validation_sampler, loss)
-    run_id = config.id if not own else fingerprint({"config": config.id, "own": own})
-    folder = open_folder(Path(out) / run_id, {"config": asdict(config), "own": own})
+    check_own(model, sampler, validation_sampler, loss)
+    own = {"model": model, "sampler": sampler, "validation_sampler": validation_sampler}
+    own = {name: digest(part) for name, part in own.items() if part is not None}
+    own |= {} if loss is F.cross_entropy else {"loss": digest(loss)}
+    run_id = digest({"config": config.id, "own": own}) if own else config.id
+    folder, identity = Path(out) / run_id, {"config": asdict(config), "own": own}
     if (folder / "result.json").exists():
-        return read_run(folder, config)
+        check_identity(folder, identity)
+        return read_run(folder, config, device)
 
     if sampler is None:
         split = split_characters(load(config.data, root).to(device))
-        sampler, validation_sampler = (
+        train_sampler, other_sampler = (
             TaskSampler(part, config.n_way, config.k_shot, config.k_query, config.rotate)
             for part in (split.train, split.validation)
         )
+    else:
+        train_sampler = other_sampler = sampler
+    validation_sampler = other_sampler if validation_sampler is None else validation_sampler
     if model is None:
         model = OmniglotCNN(
             config.n_way, stream(config.seed, "initialisation"), filters=config.filters
         )
     model = model.to(device)
     tasks_generator = stream(config.seed, "training tasks", device)
-    validation = (validation_sampler or sampler).sample(
+    validation = validation_sampler.sample(
         config.validation_tasks, stream(config.seed, "validation tasks", device)
     )
     state = init_state(
         model, alpha=config.alpha, beta=config.beta, meta_optimizer=config.meta_optimizer
     )
-    iteration, seconds = 0, 0.0
+    iteration, seconds, maker = 0, 0.0, records.provenance(device)
+    open_folder(folder, identity)
     if (folder / "checkpoint.safetensors").exists():
         saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
         tasks_generator.set_state(saved.pop("generator"))
@@ -204,42 +131,46 @@ def train(
         mininterval=1.0,
         disable=not progress,
     )
-    while status == "running":
-        intervals = (FLUSH_EVERY, config.validation_every, checkpoint_every, config.iterations)
-        stop = min((iteration // interval + 1) * interval for interval in intervals)
-        pending = []
-        for _ in range(iteration, stop):  # nothing in here waits for the device
-            tasks = sampler.sample(config.meta_batch_size, tasks_generator)
-            state, metrics = meta_step(model, state, tasks, **rates, **inner)
-            pending.append(metrics)
-        iteration, last = stop, stop == config.iterations
+    with bar:
+        while status == "running":
+            intervals = (FLUSH_EVERY, config.validation_every, checkpoint_every, config.iterations)
+            stop = min((iteration // interval + 1) * interval for interval in intervals)
+            pending = []
+            for _ in range(iteration, stop):  # nothing in here waits for the device
+                tasks = train_sampler.sample(config.meta_batch_size, tasks_generator)
+                state, metrics = meta_step(model, state, tasks, **rates, **inner)
+                pending.append(metrics)
+            iteration, last = stop, stop == config.iterations
 
-        rows, finite = to_rows(pending, iteration)
-        validation_loss = math.inf
-        if finite and (last or iteration % config.validation_every == 0):
-            measured = evaluate(model, state, validation, inner_steps=config.inner_steps, loss=loss)
-            validation_loss = measured["query_loss"]
-            finite = math.isfinite(validation_loss)
-            for name in ("loss", "accuracy"):
-                if f"query_{name}" in measured:
-                    rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
-        records.append_metrics(folder / "metrics.csv", rows)
-        show(bar, len(pending), rows.iloc[-1])
+            rows, finite = to_rows(pending, iteration)
+            validation_loss = math.inf
+            if finite and (last or iteration % config.validation_every == 0):
+                measured = evaluate(
+                    model, state, validation, inner_steps=config.inner_steps, loss=loss
+                )
+                validation_loss = measured["query_loss"]
+                finite = math.isfinite(validation_loss)
+                for name in ("loss", "accuracy"):
+                    if f"query_{name}" in measured:
+                        rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
+            records.append_metrics(folder / "metrics.csv", rows)
+            show(bar, len(pending), rows.iloc[-1])
 
-        if not finite:
-            status, iteration = "diverged", int(rows["iteration"].iloc[-1])
-        elif config.threshold is not None and validation_loss <= config.threshold:
-            status = "reached"
-        elif last:
-            status = "done"
-        if status != "running" or iteration % checkpoint_every == 0:
-            seconds = time.perf_counter() - started
-            tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
-            records.save_checkpoint(folder / "checkpoint.safetensors", tensors, iteration, seconds)
-    bar.close()
+            if not finite:
+                status, iteration = "diverged", int(rows["iteration"].iloc[-1])
+            elif config.threshold is not None and validation_loss <= config.threshold:
+                status = "reached"
+            elif last:
+                status = "done"
+            if status != "running" or iteration % checkpoint_every == 0:
+                seconds = time.perf_counter() - started
+                tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
+                records.save_checkpoint(
+                    folder / "checkpoint.safetensors", tensors, iteration, seconds
+                )
     result = {"status": status, "iteration": iteration, "seconds": round(seconds, 1)}
-    records.write_json(folder / "result.json", result | records.provenance(device))
-    return read_run(folder, config)
+    records.write_json(folder / "result.json", result | maker)
+    return read_run(folder, config, device)
 
 
 def load(data: str, root=None):
@@ -255,15 +186,14 @@ def show(bar: tqdm, iterations: int, row: pd.Series) -> None:
     bar.set_postfix(numbers)
 
 
-def read_run(folder: Path, config: RunConfig) -> Run:
+def read_run(folder: Path, config: RunConfig, device="cpu") -> Run:
     """A finished run from its folder."""
     result = records.read_json(folder / "result.json")
     saved, _, _ = records.load_checkpoint(folder / "checkpoint.safetensors")
     saved.pop("generator")
     metrics = records.read_metrics(folder / "metrics.csv")
-    return Run(
-        folder.name, config, result["status"], result["iteration"], metrics, restore_state(saved)
-    )
+    state = restore_state(saved, device)
+    return Run(folder.name, config, result["status"], result["iteration"], metrics, state)
 
 
 def restore_state(saved: dict, device="cpu") -> MetaState:
@@ -277,50 +207,41 @@ def restore_state(saved: dict, device="cpu") -> MetaState:
     return MetaState(**{"moments": {}, **move(saved)})
 
 
-def open_folder(folder: Path, identity: dict) -> Path:
-    """Make a run's folder, or check that it is the same run's."""
+def open_folder(folder: Path, identity: dict) -> None:
+    """Make a run's folder and say in it what run it is, or check that it is the same one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = folder / "config.json"
-        if not written.exists():
-            records.write_json(written, identity)
+        if (folder / "config.json").exists():
+            check_identity(folder, identity)
+        records.write_json(folder / "config.json", identity)
     except OSError as error:
         raise type(error)(
             error.errno,
             f"the run cannot be written ({error.strerror}); give another out",
             str(folder),
         ) from error
-    if records.read_json(written) != json.loads(json.dumps(identity)):
+
+
+def check_identity(folder: Path, identity: dict) -> None:
+    if records.read_json(folder / "config.json") != identity:
         raise ValueError(
             f"{folder} holds another config than the one given; give another out, or move the "
             "folder away"
         )
-    return folder
 
 
-def describe_own(model, sampler, validation_sampler, loss) -> dict:
-    """What a run with one's own parts is told apart by: their names, and a model's parameters."""
-    own = {}
-    if model is not None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        digest = hashlib.sha256(repr(model).encode())
-        for name, value in model.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        own["model"] = f"{type(model).__qualname__} {digest.hexdigest()[:16]}"
+def check_own(model, sampler, validation_sampler, loss) -> None:
+    """TypeError for parts of one's own that cannot be used."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for name, part in (("sampler", sampler), ("validation_sampler", validation_sampler)):
-        if part is not None:
-            if not callable(getattr(part, "sample", None)):
-                raise TypeError(
-                    f"{name} must have a method sample(meta_batch_size, generator) -> Tasks; "
-                    f"{type(part).__name__} has none"
-                )
-            own[name] = type(part).__qualname__
-    if loss is not F.cross_entropy:
-        if not callable(loss):
-            raise TypeError(f"loss must be a function of (prediction, y), not {loss!r}")
-        own["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
-    return own
+        if part is not None and not callable(getattr(part, "sample", None)):
+            raise TypeError(
+                f"{name} must have a method sample(meta_batch_size, generator) -> Tasks; "
+                f"{type(part).__name__} has none"
+            )
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of (prediction, y), not {loss!r}")
 
 
 def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> tuple[pd.DataFrame, bool]:
@@ -346,9 +267,5 @@ def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> tuple[pd.DataFr
 
 def stream(seed: int, purpose: str, device="cpu") -> torch.Generator:
     """A generator of its own for each purpose, all fixed by one seed."""
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def fingerprint(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    hashed = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(hashed[:8], "big") >> 1)

@@ -179,6 +179,16 @@ def test_parameters_for_the_meta_step_alone_are_not_adapted():
     assert all(gradient[name].norm() > 0 for name in model.meta_only)
 
 
+def test_parts_of_a_model_keep_their_parameters_for_the_meta_step():
+    inner = amaml.OmniglotCNN(3, torch.Generator().manual_seed(0), filters=4)
+    model = nn.Sequential(inner, nn.Linear(3, 3)).double()
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    tasks = random_tasks((1, 28, 28))
+    adapted = amaml.adapt(model, theta, 0.3, tasks.support_x[0], tasks.support_y[0])
+    unchanged = {name for name in theta if torch.equal(adapted[name], theta[name])}
+    assert unchanged == {f"0.{name}" for name in inner.meta_only}
+
+
 def test_modules_that_cannot_be_computed_right_are_refused():
     tasks = random_tasks((1, 6, 6))
     for model, word in (

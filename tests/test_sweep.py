@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_training import SMALL
@@ -49,6 +50,7 @@ def test_a_figure_trains_what_is_missing_and_is_drawn_from_its_records(tmp_path,
     read, made_by = records.read_records("figure_1", "quick", tmp_path / "records")
     pd.testing.assert_frame_equal(read, table.reset_index(drop=True))
     assert sum(len(batch["runs"]) for batch in made_by) == 12
+    assert all(seconds > 0 for batch in made_by for seconds in batch["runs"].values())
 
     monkeypatch.setattr(sweep, "run_all", lambda *a, **k: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(sweep.figure_records("figure_1", "quick", **places), read)
@@ -61,6 +63,9 @@ def test_a_figure_trains_what_is_missing_and_is_drawn_from_its_records(tmp_path,
     pd.testing.assert_frame_equal(
         filled.sort_values(columns, ignore_index=True), read.sort_values(columns, ignore_index=True)
     )
+
+    order = [config.id for _, config in experiments.figure_1("quick")]
+    assert list(dict.fromkeys(filled["run"])) == order  # however the runs finished
 
     drawn = [
         [
@@ -75,6 +80,20 @@ def test_a_figure_trains_what_is_missing_and_is_drawn_from_its_records(tmp_path,
     assert [title.split("\n")[0] for title in titles] == ["good", "too small", "too large"]
     line = figure.axes[0].lines[0]  # alpha, good case, MAML: constant
     assert set(line.get_ydata()) == {pytest.approx(0.4)}
+
+
+def test_a_figure_shows_runs_that_diverged(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setitem(experiments.CASES, "too large", (0.1, 3e38))
+    places = {"out": tmp_path / "runs", "folder": tmp_path / "records", "progress": False}
+    table = sweep.figure_records("figure_1", "quick", **places)
+    diverged = table[table["status"] == "diverged"]
+    assert set(diverged["case"]) == {"too large"} and diverged["iteration"].max() < 12
+    figure = plotting.figure_1(table)
+    crosses = [line for line in figure.axes[2].lines if line.get_marker() == "x"]
+    assert len(crosses) == diverged["run"].nunique()
+    final = records.final_validation(table)
+    assert np.isinf(final.loc[final["status"] == "diverged", "validation_loss"]).all()
 
 
 def test_unknown_figures_and_profiles_are_named():

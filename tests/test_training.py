@@ -16,6 +16,7 @@ import torch
 
 import amaml
 from amaml import records
+from amaml.config import digest
 from amaml.training import stream
 
 SMALL = {
@@ -206,6 +207,34 @@ def test_metrics_are_detached_and_memory_does_not_grow(tmp_path):
     assert counts[0] == counts[1]
 
 
+def test_runs_with_other_parts_of_ones_own_are_other_runs():
+    def scaled(factor):
+        return lambda prediction, y: factor * (prediction - y).square().mean()
+
+    model, frozen = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    frozen.load_state_dict(model.state_dict())
+    same = digest(frozen)
+    frozen.weight.requires_grad_(False)
+    glyphs = amaml.load_glyphs()
+    parts = [
+        squared_error, scaled(1.0), scaled(2.0), model, frozen, Lines(),
+        amaml.TaskSampler(glyphs, k_shot=1), amaml.TaskSampler(glyphs, k_shot=2),
+        amaml.TaskSampler(glyphs[:50], k_shot=1),
+    ]  # fmt: skip
+    assert len({digest(part) for part in parts}) == len(parts)
+    assert same == digest(model) and digest(scaled(2.0)) == digest(scaled(2.0))
+
+
+def test_metrics_that_a_checkpoint_counts_on_are_missed(tmp_path):
+    whole = train(tmp_path, iterations=9)
+    folder = tmp_path / whole.id
+    (folder / "result.json").unlink()
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(lines[:5]))
+    with pytest.raises(ValueError, match=r"metrics.csv holds 4 of the 9 iterations.*anew"):
+        train(tmp_path, iterations=9)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
@@ -233,6 +262,7 @@ def test_a_config_is_frozen_and_equal_numbers_make_equal_configs():
     config = amaml.RunConfig(alpha=1, iterations=np.int64(5))
     assert config == amaml.RunConfig(alpha=1.0, iterations=5)
     assert config.id == amaml.RunConfig(alpha=1.0, iterations=5).id
+    assert amaml.RunConfig(alpha=-0.0).id == amaml.RunConfig(alpha=0.0).id
     with pytest.raises(FrozenInstanceError):
         config.alpha = 2.0
     assert amaml.RunConfig(**asdict(config)) == config
@@ -293,12 +323,30 @@ def test_a_read_record_is_what_was_written(tmp_path):
     assert len(empty) == 0 and makers == []
 
 
-def test_thinning_keeps_the_ends_and_the_spacing():
-    metrics = pd.DataFrame({"iteration": range(1, 1001)})
+def test_thinning_keeps_the_ends_the_spacing_and_the_validations():
+    metrics = pd.DataFrame({"iteration": range(1, 1202)})
+    metrics["validation_loss"] = (metrics["iteration"] % 10 == 0).replace(False, np.nan)
     thin = records.thin(metrics, 500)["iteration"]
-    assert 400 < len(thin) <= 502 and thin.iloc[0] == 1 and thin.iloc[-1] == 1000
-    assert set(range(10, 1001, 10)) <= set(thin)
+    assert 400 < len(thin) <= 500 and thin.iloc[0] == 1 and thin.iloc[-1] == 1201
+    assert set(range(10, 1201, 10)) <= set(thin) and set(range(3, 1201, 3)) <= set(thin)
     assert len(records.thin(metrics[:300], 500)) == 300
+
+
+def test_final_validation_by_hand():
+    table = pd.DataFrame({
+        "run": ["a"] * 4 + ["b"] * 2,
+        "status": ["done"] * 4 + ["diverged"] * 2,
+        "iteration": [1, 100, 101, 200, 1, 2],
+        "validation_loss": [9.0, 5.0, 1.0, 2.0, 0.5, np.nan],
+        "validation_accuracy": [0.1, 0.2, 0.3, 0.5, 0.2, np.nan],
+        "alpha": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "beta": [0.1] * 6,
+    })  # fmt: skip
+    final = records.final_validation(table)
+    assert final.loc["a", ["validation_loss", "validation_accuracy", "alpha"]].tolist() == [
+        1.5, 0.4, 4.0,
+    ]  # fmt: skip
+    assert final.loc["b", "validation_loss"] == math.inf
 
 
 def test_checkpoints_of_another_layout_or_damaged_are_refused_by_name(tmp_path):

@@ -1,0 +1,140 @@
+"""The configuration of a run, and digests that tell runs apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from types import CodeType, FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from amaml.alpha_maml import META_OPTIMIZERS
+from amaml.data import LOADERS
+from amaml.maml import meta_only
+
+NUMERICS = 1  # raised whenever a change alters results: older runs are then not taken for new ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines a run's numbers. Every field has a default.
+
+    data                    "omniglot" or "glyphs"
+    n_way, k_shot, k_query  classes, support and query images of each, in a task
+    rotate                  whether classes are turned by multiples of 90 degrees
+    filters                 channels of the network's convolutions
+    meta_batch_size         tasks an iteration
+    inner_steps             gradient steps of the inner loop, in training and validation
+    first_order             leave out the second-order term
+    alpha, beta             starting rates, inner and meta
+    hyper_alpha, hyper_beta hyper learning rates; both 0 is MAML
+    meta_optimizer          "sgd" or "adam"
+    iterations              how many at most
+    threshold               stop once the validation loss is at most this (None: never)
+    validation_every        iterations between two validations
+    validation_tasks        number of fixed tasks to validate on
+    seed                    fixes initialisation, training tasks and validation tasks
+
+    Raises TypeError or ValueError, naming the field, what was given and what is allowed.
+    """
+
+    data: str = "omniglot"
+    n_way: int = 5
+    k_shot: int = 1
+    k_query: int = 1
+    rotate: bool = True
+    filters: int = 64
+    meta_batch_size: int = 32
+    inner_steps: int = 1
+    first_order: bool = False
+    alpha: float = 0.01
+    beta: float = 0.01
+    hyper_alpha: float = 0.01
+    hyper_beta: float = 0.01
+    meta_optimizer: str = "sgd"
+    iterations: int = 1000
+    threshold: float | None = None
+    validation_every: int = 10
+    validation_tasks: int = 64
+    seed: int = 0
+
+    def __new__(cls, *args, **given):
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"unknown field {name!r}; RunConfig has {', '.join(known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        least = {"n_way": 2, "seed": 0}
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "int":
+                self._number(name, value, Integral, least.get(name, 1))
+            elif field.type == "float" or (field.type == "float | None" and value is not None):
+                self._number(name, value, Real, 0)
+            elif field.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}: must be True or False")
+        for name, allowed in (("data", tuple(LOADERS)), ("meta_optimizer", META_OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
+
+    def _number(self, name: str, value, kind: type, least: int) -> None:
+        """Check a number and store it as plain int or float, so that equal configs are equal."""
+        what = "a whole number" if kind is Integral else "a number"
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name}={value!r}: must be {what}")
+        if not math.isfinite(value) or value < least:
+            raise ValueError(f"{name}={value!r}: must be finite and at least {least}")
+        plain = int(value) if kind is Integral else float(value) + 0.0  # -0.0 is 0.0
+        object.__setattr__(self, name, plain)
+
+    @property
+    def id(self) -> str:
+        """A hash of the fields that differ from their defaults, and of the version of the numerics.
+
+        It names the run's folder. A new field with a default thus leaves the ids of older runs as
+        they are; who changes a default raises NUMERICS.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: given[f.name] for f in fields(self) if given[f.name] != f.default}
+        return digest({"numerics": NUMERICS, **changed})
+
+
+def digest(content) -> str:
+    """A hash of nested data, tensors, modules, functions and objects, by what they hold.
+
+    A function counts by its code, its defaults and what it closes over; an object by its class
+    and its attributes.
+    """
+    return hashlib.sha256(json.dumps(describe(content), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(content):
+    """What `digest` hashes, as data for json."""
+    if content is None or isinstance(content, bool | int | float | str):
+        return content
+    if isinstance(content, Mapping):
+        return {str(key): describe(value) for key, value in content.items()}
+    if isinstance(content, Sequence | set | frozenset):
+        items = [describe(value) for value in content]
+        return sorted(items, key=repr) if isinstance(content, set | frozenset) else items
+    if isinstance(content, Tensor):
+        values = content.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        hashed = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+        return [str(content.dtype), list(content.shape), content.requires_grad, hashed]
+    if isinstance(content, nn.Module):
+        values = dict(content.named_parameters()) | dict(content.named_buffers())
+        return [repr(content), describe(values), sorted(meta_only(content))]
+    if isinstance(content, FunctionType):
+        closure = [cell.cell_contents for cell in content.__closure__ or ()]
+        code = content.__code__
+        constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
+        parts = [code.co_code.hex(), list(code.co_names), content.__defaults__, constants, closure]
+        return [content.__qualname__, describe(parts)]
+    return [type(content).__qualname__, describe(getattr(content, "__dict__", {}))]
