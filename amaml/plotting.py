@@ -115,7 +115,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
     `table` is that of `sweep.figure_records("figure_1", profile)`: a column of panels a case, a
     line a method (the mean over the seeds), a band from the lowest to the highest seed. Training
     losses of single meta-batches are averaged over 20 iterations. The dotted line is the loss of
-    guessing. Runs that diverged end with a cross.
+    guessing. Runs that diverged are no part of the means: they are thin lines up to a cross.
     """
     use_style()
     cases = list(dict.fromkeys(table["case"]))
@@ -129,23 +129,25 @@ def figure_1(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(
         len(rows), len(cases), figsize=(2.3 * len(cases) + 0.5, 6.6), sharex=True, squeeze=False
     )
+    diverged = table["status"] == "diverged"
     for column, case in enumerate(cases):
-        shown = table[table["case"] == case]
+        shown, lost = (table[(table["case"] == case) & which] for which in (~diverged, diverged))
         for axis, quantity in zip(axes[:, column], rows, strict=True):
+            values = shown[np.isfinite(shown[quantity])]
             sns.lineplot(
-                shown[np.isfinite(shown[quantity])], x="iteration", y=quantity, hue="method",
-                style="method", hue_order=METHODS, style_order=METHODS, palette=COLOURS,
-                dashes=DASHES, errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
+                values, x="iteration", y=quantity, hue="method", style="method",
+                hue_order=METHODS, style_order=METHODS, palette=COLOURS, dashes=DASHES,
+                errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
                 ax=axis, legend=False,
             )  # fmt: skip
-            mark_divergence(axis, shown, quantity)
             axis.set(xlabel="iteration t", ylabel=rows[quantity] if column == 0 else "")
             if quantity in ("training_loss", "validation_loss"):
-                loss_axis(axis, table[quantity], table["n_way"].max())
-            else:
-                values = shown[quantity][np.isfinite(shown[quantity])]
-                axis.set_ylim(min(0, 1.1 * values.min()), max(0, 1.1 * values.max()))
-        axes[0, column].set_title(title(case, shown))
+                loss_axis(axis, table[quantity][~diverged], table["n_way"].max())
+            elif len(values):
+                low, high = 1.1 * values[quantity].min(), 1.1 * values[quantity].max()
+                axis.set_ylim(min(0, low), max(0, high))
+            mark_divergence(axis, lost, quantity)
+        axes[0, column].set_title(title(case, table[table["case"] == case]))
     handles = [
         plt.Line2D([], [], color=COLOURS[m], linestyle="--" if DASHES[m] else "-", label=m)
         for m in METHODS
@@ -181,9 +183,18 @@ def title(case: str, shown: pd.DataFrame) -> str:
     return f"{case}\n{rates}"
 
 
-def mark_divergence(axis, shown: pd.DataFrame, quantity: str) -> None:
-    """A cross at the last finite value of each run that diverged."""
-    for _, run in shown[shown["status"] == "diverged"].groupby("run"):
-        last = run[np.isfinite(run[quantity])].tail(1)
+def mark_divergence(axis, lost: pd.DataFrame, quantity: str) -> None:
+    """Each run that diverged as a thin line, and a cross where it ended or left the axis."""
+    low, high = axis.get_ylim()
+    for _, run in lost.groupby("run"):
+        finite = run[np.isfinite(run[quantity])]
+        if finite.empty:
+            continue
+        inside = finite[quantity].between(low, high)
+        iteration, value = finite["iteration"], finite[quantity].clip(low, high)
+        until = len(finite) if inside.all() else int((~inside).to_numpy().argmax()) + 1
         colour = COLOURS[run["method"].iloc[0]]
-        axis.plot(last["iteration"], last[quantity], "x", color=colour, clip_on=False)
+        axis.plot(iteration[:until], value[:until], color=colour, linewidth=0.8)
+        end = slice(until - 1, until)
+        axis.plot(iteration[end], value[end], "x", color=colour, clip_on=False)
+    axis.set_ylim(low, high)

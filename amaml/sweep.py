@@ -108,6 +108,8 @@ def tabulate(run: Run, labels: dict | None = None) -> pd.DataFrame:
     """
     starts = {"alpha": "alpha_0", "beta": "beta_0"}
     config = {starts.get(name, name): value for name, value in asdict(run.config).items()}
+    if config["threshold"] is None:
+        config["threshold"] = float("nan")  # as it is read back from a table
     columns = {"run": run.id, **(labels or {}), **config, "status": run.status}
     return pd.concat(
         [pd.DataFrame([columns] * len(run.metrics)), run.metrics.reset_index(drop=True)], axis=1
