@@ -134,12 +134,13 @@ def figure_1(table: pd.DataFrame) -> Figure:
         shown, lost = (table[(table["case"] == case) & which] for which in (~diverged, diverged))
         for axis, quantity in zip(axes[:, column], rows, strict=True):
             values = shown[np.isfinite(shown[quantity])]
-            sns.lineplot(
-                values, x="iteration", y=quantity, hue="method", style="method",
-                hue_order=METHODS, style_order=METHODS, palette=COLOURS, dashes=DASHES,
-                errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
-                ax=axis, legend=False,
-            )  # fmt: skip
+            if len(values):
+                sns.lineplot(
+                    values, x="iteration", y=quantity, hue="method", style="method",
+                    hue_order=METHODS, style_order=METHODS, palette=COLOURS, dashes=DASHES,
+                    errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
+                    ax=axis, legend=False,
+                )  # fmt: skip
             axis.set(xlabel="iteration t", ylabel=rows[quantity] if column == 0 else "")
             if quantity in ("training_loss", "validation_loss"):
                 loss_axis(axis, table[quantity][~diverged], table["n_way"].max())
