@@ -38,6 +38,6 @@ def test_notebook_is_executed_and_tidy(path):
     assert "widgets" not in notebook["metadata"]
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     text = json.dumps([output.get("text", "") for output in outputs])
-    assert not re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\)", text), "a path of a machine"
+    assert not re.search(r"(/(home|root|Users|tmp)/|[A-Z]:\\\\)", text), "a path of a machine"
     parameters = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     assert len(parameters) == 1 and "profile = " in "".join(parameters[0]["source"])
