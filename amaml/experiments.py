@@ -15,7 +15,7 @@ PROFILES = {
         "data": "glyphs",
         "meta_batch_size": 8,
         "filters": 32,
-        "iterations": 300,
+        "iterations": 150,
         "validation_tasks": 32,
     },
     "medium": {"data": "omniglot", "meta_batch_size": 32, "iterations": 1000},
