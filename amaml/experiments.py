@@ -30,6 +30,13 @@ TRIED_HYPER_RATES = (1e-4, 1e-3, 1e-2)
 TRIAL_SEED = 100  # hyper rates are chosen on a seed that no figure shows
 TRIAL_ITERATIONS = 100
 
+TOO_LARGE = (
+    *((0.4, 1.0), (0.4, 3.0), (0.4, 5.0), (0.4, 10.0), (0.4, 30.0)),  # beta
+    *((10.0, 0.3), (30.0, 0.3), (100.0, 0.3)),  # alpha
+    (10.0, 3.0),  # both
+)
+TOO_LARGE_ITERATIONS = 300
+
 
 def figure_1(profile: str) -> Experiment:
     """A good and two bad pairs of starting rates; MAML beside Alpha MAML, several seeds."""
@@ -51,6 +58,16 @@ def hyper_rates(profile: str) -> Experiment:
     ]
 
 
+def too_large(profile: str) -> Experiment:
+    """Trials of many too large starts, on the trials' seed: where does Alpha MAML help?"""
+    trial = {"seed": TRIAL_SEED, "iterations": TOO_LARGE_ITERATIONS}
+    return [
+        run(profile, "too large", hyper_rate, alpha=alpha, beta=beta, **trial)
+        for alpha, beta in TOO_LARGE
+        for hyper_rate in (0.0, HYPER_RATE)
+    ]
+
+
 def run(profile: str, case: str, hyper_rate: float, **fields) -> tuple[dict, RunConfig]:
     """One run of a profile from one of the CASES; a hyper rate of 0 is MAML."""
     alpha, beta = CASES[case]
@@ -59,7 +76,7 @@ def run(profile: str, case: str, hyper_rate: float, **fields) -> tuple[dict, Run
     return labels, RunConfig(**PROFILES[profile] | rates | fields)
 
 
-FIGURES = {"figure_1": figure_1, "hyper_rates": hyper_rates}
+FIGURES = {"figure_1": figure_1, "hyper_rates": hyper_rates, "too_large": too_large}
 
 
 def runs_of(figure: str, profile: str) -> Experiment:
