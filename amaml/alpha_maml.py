@@ -10,22 +10,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from amaml.maml import (
     Loss,
-    accuracy,
     as_scalar,
     check_inner_steps,
     check_module,
-    inner_loop,
     meta_gradient,
+    query_metrics,
     same_dtype,
 )
 from amaml.tasks import Tasks
 
 META_OPTIMIZERS = ("sgd", "adam")
+CHUNK = 32  # tasks that are evaluated at a time: 1,000 at once would not fit into memory
 
 
 class MetaState(NamedTuple):
@@ -130,20 +129,10 @@ def evaluate(
     check_module(model)
     check_inner_steps(inner_steps)
     theta, (support_x, query_x) = same_dtype(state.theta, tasks.support_x, tasks.query_x)
-
-    def task_metrics(support_x, support_y, query_x, query_y):
-        theta_prime, _ = inner_loop(
-            model, theta, state.alpha, support_x, support_y, inner_steps, False, loss
-        )
-        prediction = functional_call(model, theta_prime, (query_x,))
-        metrics = {"query_loss": loss(prediction, query_y)}
-        if loss is F.cross_entropy:
-            metrics["query_accuracy"] = accuracy(prediction, query_y)
-        return metrics
-
-    measured = vmap(task_metrics, chunk_size=32)(  # in chunks: 1,000 tasks must fit into memory
-        support_x, tasks.support_y, query_x, tasks.query_y
-    )
+    batch = (support_x, tasks.support_y, query_x, tasks.query_y)
+    chunks = zip(*(x.split(CHUNK) for x in batch), strict=True)
+    parts = [query_metrics(model, theta, state.alpha, chunk, inner_steps, loss) for chunk in chunks]
+    measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     summary = {}
     for name, values in measured.items():
         values = values.double()

@@ -1,10 +1,9 @@
-"""The network of the paper's experiments, from layers made for meta-gradients on small images.
+"""The network of the paper's experiments, from a layer made for meta-gradients on small images.
 
 Most of a meta-iteration's time goes into convolutions of per-task weights and into the second
-derivatives of batch normalisation. Here a convolution is a matrix product over patches, and batch
-normalisation with its ReLU is one operation whose first and second derivatives are written out.
-Images are `(..., height, width, channels)` inside the network. Both layers work under
-`torch.func.vmap` and `grad`, in any nesting up to second derivatives.
+derivatives of batch normalisation. Here a convolution is a matrix product over patches, and a whole
+block of [convolution, batch normalisation, ReLU] is one operation whose first and second
+derivatives are written out. Images are `(..., height, width, channels)` inside the network.
 """
 
 from __future__ import annotations
@@ -32,7 +31,13 @@ class OmniglotCNN(nn.Module):
     training and in evaluation alike, so every accuracy of this network is transductive.
     `meta_only` names the parameters that the meta-step learns and the inner loop leaves alone:
     the offsets of batch normalisation, as in the original code.
+
+    `stackable` says that the network also takes parameters and images with the same further
+    dimensions in front of all of them: `(tasks, ...)` parameters, one set a task, with images
+    `(tasks, batch, 1, 28, 28)` give logits `(tasks, batch, n_way)`.
     """
+
+    stackable = True
 
     def __init__(
         self, n_way: int = 5, generator: torch.Generator | None = None, *, filters: int = 64
@@ -56,7 +61,8 @@ class OmniglotCNN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.blocks(x.movedim(-3, -1)).mean((-3, -2)))
+        features = self.blocks(x.movedim(-3, -1)).mean((-3, -2))
+        return features @ self.linear.weight.mT + self.linear.bias.unsqueeze(-2)
 
 
 class ConvBlock(nn.Module):
@@ -78,152 +84,134 @@ class ConvBlock(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = Patches.apply(x)
-        convolved = patches.flatten(0, 2) @ self.weight.flatten(0, 2)
-        y, _, _ = BatchNormReLU.apply(convolved, self.offset)
-        return y.unflatten(0, patches.shape[:3])
+        y, _, _ = Block.apply(x, self.weight, self.offset)
+        return y
 
 
-def batch_first(batch_size: int, in_dims: tuple, tensors: tuple) -> list[Tensor]:
-    """A vmap rule's arguments with the batch in front; what has none is repeated, as a view."""
-    return [
-        tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims, strict=True)
-    ]
+class Block(Function):
+    """y = relu(x_hat + offset), x_hat = (z - mean) r, r = (variance + EPSILON)^(-1/2), z = conv(x).
 
+    x (..., n, h, w, c), weight (..., 3, 3, c, k) and offset (..., k) with the same dimensions in
+    front; mean and variance are over a set's images and pixels. Gives y (..., n, rows, columns, k),
+    and for the derivatives x_hat (..., n*rows*columns, k) and r (..., 1, k).
 
-class Patches(Function):
-    """The 3x3 patches of images, with stride 2 and SAME padding.
-
-    (..., h, w, c) -> (..., ceil(h/2), ceil(w/2), 9*c), the last dimension ordered as (3, 3, c).
+    It works under `torch.func` transforms and in plain autograd, up to second derivatives.
     """
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        *_batch, h, w, c = x.shape
-        padded = F.pad(x, (0, 0, w % 2, 1, h % 2, 1))
-        windows = padded.unfold(-3, 3, 2).unfold(-3, 3, 2)  # (..., h/2, w/2, c, 3, 3), a view
-        return windows.movedim(-3, -1).reshape(*windows.shape[:-3], 9 * c)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.size = inputs[0].shape[-3:-1]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return SumOfPatches.apply(gradient, ctx.size)
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return Patches.apply(x.movedim(in_dims[0], 0)), 0
-
-
-class SumOfPatches(Function):
-    """The adjoint of `Patches`: each pixel's sum over the patches that it is part of."""
-
-    @staticmethod
-    def forward(patches: Tensor, size: tuple[int, int]) -> Tensor:
-        (h, w), (*batch, rows, columns, nine_c) = size, patches.shape
-        c = nine_c // 9
-        p = patches.reshape(*batch, rows, columns, 3, 3, c)
-        # Neighbouring patches share a row and a column. The first 2x2 pixels of each patch tile
-        # the image; the third row and column of a patch lie on the first ones of the next.
-        total = patches.new_zeros(*batch, rows + 1, 2, columns + 1, 2, c)
-        total[..., :-1, :, :-1, :, :] = p[..., :2, :2, :].transpose(-4, -3)
-        total[..., 1:, 0, :-1, :, :] += p[..., 2, :2, :]
-        total[..., :-1, :, 1:, 0, :] += p[..., :2, 2, :].transpose(-3, -2)
-        total[..., 1:, 0, 1:, 0, :] += p[..., 2, 2, :]
-        total = total.reshape(*batch, 2 * rows + 2, 2 * columns + 2, c)
-        return total[..., h % 2 : h % 2 + h, w % 2 : w % 2 + w, :]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        return Patches.apply(gradient), None
-
-    @staticmethod
-    def vmap(info, in_dims, patches, size):
-        return SumOfPatches.apply(patches.movedim(in_dims[0], 0), size), 0
-
-
-class BatchNormReLU(Function):
-    """y = relu(x_hat + offset), x_hat = (x - mean) * r, r = (variance + EPSILON)^(-1/2).
-
-    x (..., m, channels), offset (..., channels); mean and variance are over the m rows. Gives y,
-    and for the derivatives x_hat and r.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_hat = x - x.mean(-2, keepdim=True)
-        r = x_hat.square().mean(-2, keepdim=True).add_(EPSILON).rsqrt_()
+    def forward(x: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        stack, (x, weight, offset) = flatten_stack((x, 4), (weight, 4), (offset, 1))
+        x_hat = torch.bmm(patches(x), weight.flatten(1, 3))
+        x_hat -= x_hat.mean(1, keepdim=True)
+        r = x_hat.square().mean(1, keepdim=True).add_(EPSILON).rsqrt_()
         x_hat *= r
-        return (x_hat + offset.unsqueeze(-2)).relu_(), x_hat, r
+        y = (x_hat + offset.unsqueeze(1)).relu_()
+        n, h, w, _ = x.shape[1:]
+        return unflatten_stack(stack, y.unflatten(1, (n, -(-h // 2), -(-w // 2))), x_hat, r)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_backward(*inputs[:2], *output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor, Tensor]:
-        d_x, d_offset, _ = BatchNormReLUBackward.apply(gradient, *ctx.saved_tensors)
-        return d_x, d_offset
+    def backward(ctx, d_y: Tensor | None, d_x_hat: Tensor | None, d_r: Tensor | None) -> tuple:
+        d_y = torch.zeros_like(ctx.saved_tensors[2]) if d_y is None else d_y
+        d_x, d_weight, d_offset, _ = BlockBackward.apply(
+            d_y, d_x_hat, d_r, *ctx.saved_tensors, ctx.needs_input_grad[0]
+        )
+        return d_x, d_weight, d_offset
 
     @staticmethod
     def vmap(info, in_dims, *tensors):
-        tensors = batch_first(info.batch_size, in_dims, tensors)
-        return BatchNormReLU.apply(*tensors), (0, 0, 0)
+        return batched(Block, info, in_dims, tensors)
 
 
-class BatchNormReLUBackward(Function):
-    """First derivative. With g = gradient where y > 0 and P(g) = g - mean(g) - x_hat mean(g x_hat):
+class BlockBackward(Function):
+    """First derivative of `Block`. With g = d_y where y > 0, plus d_x_hat, over m rows, and
 
-    d_x = r P(g), d_offset = sum(g). Gives also g. x is there only to be differentiated by.
+    P(g) = g - mean(g) - x_hat mean(g x_hat): d_z = r P(g) - r^2 x_hat d_r / m, d_offset is the sum
+    over rows of d_y where y > 0, and d_x and d_weight are those of the convolution. Gives also d_z.
+
+    d_x_hat and d_r are there only in the second pass of a meta-gradient, else None. The first
+    layer's d_x is not asked for, and then None.
     """
 
     @staticmethod
-    def forward(gradient: Tensor, x: Tensor, y: Tensor, x_hat: Tensor, r: Tensor):
-        g = torch.ops.aten.threshold_backward(gradient, y, 0)
-        mean = g.mean(-2, keepdim=True)
-        return project(g, mean, x_hat) * r, mean.squeeze(-2) * g.shape[-2], g
+    def forward(d_y, d_x_hat, d_r, x, weight, y, x_hat, r, d_x_needed: bool):
+        stack, (d_y, d_x_hat, d_r, x, weight, y, x_hat, r) = flatten_stack(
+            *((d_y, 4), (d_x_hat, 2), (d_r, 2), (x, 4), (weight, 4), (y, 4), (x_hat, 2), (r, 2))
+        )
+        g = where_positive(d_y, y).flatten(1, 3)
+        d_offset = g.sum(1)
+        if d_x_hat is not None:
+            g += d_x_hat
+        d_z = project(g, x_hat).mul_(r)
+        if d_r is not None:
+            d_z.addcmul_(x_hat, r * r * d_r, value=-1 / d_z.shape[1])
+        d_weight = torch.bmm(patches(x).mT, d_z).view(weight.shape)
+        d_x = None
+        if d_x_needed:
+            d_x = sum_of_patches(torch.bmm(d_z, weight.flatten(1, 3).mT), y.shape, x.shape)
+        return unflatten_stack(stack, d_x, d_weight, d_offset, d_z)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*inputs[2:], output[2])
+        d_y, _, _, x, weight, y, x_hat, r, _ = inputs
+        ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_y, x, weight, y, x_hat, r, output[3])
+        ctx.is_first = inputs[1] is None and inputs[2] is None
+        ctx.d_x_needed = inputs[-1]
 
     @staticmethod
-    def backward(ctx, v: Tensor, u: Tensor, _) -> tuple:
-        d_gradient, d_x = BatchNormReLUSecond.apply(v, u, *ctx.saved_tensors)
-        return d_gradient, d_x, None, None, None
+    def backward(ctx, v_x: Tensor | None, v_weight: Tensor | None, v_offset: Tensor | None, _):
+        if not ctx.is_first:
+            raise NotImplementedError(THIRD)
+        if v_weight is None:
+            v_weight = torch.zeros_like(ctx.saved_tensors[2])
+        d_d_y, d_x, d_weight, d_x_hat, d_r = BlockSecond.apply(
+            v_x, v_weight, v_offset, *ctx.saved_tensors, ctx.d_x_needed
+        )
+        return d_d_y, None, None, d_x, d_weight, None, d_x_hat, d_r, None
 
     @staticmethod
-    def vmap(info, in_dims, *tensors):
-        tensors = batch_first(info.batch_size, in_dims, tensors)
-        return BatchNormReLUBackward.apply(*tensors), (0, 0, 0)
+    def vmap(info, in_dims, *inputs):
+        return batched(BlockBackward, info, in_dims, inputs)
 
 
-class BatchNormReLUSecond(Function):
-    """Second derivative: of v . d_x + u . d_offset, with respect to `gradient` and x.
+class BlockSecond(Function):
+    """Second derivative: of v_x . d_x + v_weight . d_weight + v_offset . d_offset, with respect to
 
-    P is symmetric and r P is x_hat's own derivative, so the sum over rows of v . r P(g) is r S
-    with S = sum(v g) - m (mean(v) mean(g) + a c), a = mean(v x_hat), c = mean(g x_hat), and its
-    derivative by x is -r^2 (x_hat S / m + a P(g) + c P(v)).
+    d_y, x, weight, x_hat and r. The derivative by d_z is v = patches(x) v_weight + patches(v_x)
+    weight. P is symmetric, so that by g is r P(v) + v_offset, and with a = mean(v x_hat) and
+    c = mean(g x_hat) those by x_hat and r are -r (c v + a g) and the sum over rows of v P(g).
     """
 
     @staticmethod
-    def forward(v: Tensor, u: Tensor, y: Tensor, x_hat: Tensor, r: Tensor, g: Tensor):
-        mean_v, mean_g = v.mean(-2, keepdim=True), g.mean(-2, keepdim=True)
-        p_v, p_g = project(v, mean_v, x_hat), project(g, mean_g, x_hat)
-        a, c = (v * x_hat).mean(-2, keepdim=True), (g * x_hat).mean(-2, keepdim=True)
-        s = (v * g).mean(-2, keepdim=True) - mean_v * mean_g - a * c  # S / m
-        d_x = (x_hat * s).addcmul_(a, p_g).addcmul_(c, p_v).mul_(-r * r)
-        d_gradient = torch.addcmul(u.unsqueeze(-2), r, p_v)
-        return torch.ops.aten.threshold_backward(d_gradient, y, 0), d_x
+    def forward(v_x, v_weight, v_offset, d_y, x, weight, y, x_hat, r, d_z, d_x_needed: bool):
+        stack, (v_x, v_weight, v_offset, d_y, x, weight, y, x_hat, r, d_z) = flatten_stack(
+            *((v_x, 4), (v_weight, 4), (v_offset, 1), (d_y, 4), (x, 4), (weight, 4)),
+            *((y, 4), (x_hat, 2), (r, 2), (d_z, 2)),
+        )
+        v = torch.bmm(patches(x), v_weight.flatten(1, 3))
+        d_x = d_weight = None
+        if v_x is not None:
+            v_patches = patches(v_x)
+            v.baddbmm_(v_patches, weight.flatten(1, 3))
+            d_weight = torch.bmm(v_patches.mT, d_z).view(weight.shape)
+        if d_x_needed:
+            d_x = sum_of_patches(torch.bmm(d_z, v_weight.flatten(1, 3).mT), y.shape, x.shape)
+        g = where_positive(d_y, y).flatten(1, 3)
+        mean_v, mean_g = v.mean(1, keepdim=True), g.mean(1, keepdim=True)
+        a, c = (v * x_hat).mean(1, keepdim=True), (g * x_hat).mean(1, keepdim=True)
+        d_r = ((v * g).mean(1, keepdim=True) - mean_v * mean_g - a * c) * g.shape[1]
+        d_x_hat = (v * (-r * c)).addcmul_(g, r * a, value=-1)
+        d_g = (v - mean_v).addcmul_(x_hat, a, value=-1).mul_(r)
+        if v_offset is not None:
+            d_g += v_offset.unsqueeze(1)
+        d_d_y = where_positive(d_g.view(y.shape), y)
+        return unflatten_stack(stack, d_d_y, d_x, d_weight, d_x_hat, d_r)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -231,17 +219,79 @@ class BatchNormReLUSecond(Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError(
-            "OmniglotCNN has first and second derivatives; for third ones write the network with "
-            "torch's own layers"
-        )
+        raise NotImplementedError(THIRD)
 
     @staticmethod
-    def vmap(info, in_dims, *tensors):
-        tensors = batch_first(info.batch_size, in_dims, tensors)
-        return BatchNormReLUSecond.apply(*tensors), (0, 0)
+    def vmap(info, in_dims, *inputs):
+        return batched(BlockSecond, info, in_dims, inputs)
 
 
-def project(g: Tensor, mean: Tensor, x_hat: Tensor) -> Tensor:
+THIRD = (
+    "OmniglotCNN has first and second derivatives; for third ones write the network with torch's "
+    "own layers"
+)
+
+
+def patches(x: Tensor) -> Tensor:
+    """The 3x3 patches of images, with stride 2 and SAME padding.
+
+    (b, n, h, w, c) -> (b, n*rows*columns, 9*c), the last dimension ordered as (3, 3, c).
+    """
+    b, _, h, w, c = x.shape
+    windows = F.pad(x, (0, 0, w % 2, 1, h % 2, 1)).unfold(2, 3, 2).unfold(3, 3, 2)
+    return windows.movedim(-3, -1).reshape(b, -1, 9 * c)
+
+
+def sum_of_patches(p: Tensor, y_shape: torch.Size, x_shape: torch.Size) -> Tensor:
+    """The adjoint of `patches`: each pixel's sum over the patches that it is part of.
+
+    p (b, n*rows*columns, 9*c), y_shape (b, n, rows, columns, k) -> x_shape (b, n, h, w, c)
+    """
+    (b, n, rows, columns, _), (h, w, c) = y_shape, x_shape[2:]
+    p = p.view(b, n, rows, columns, 3, 3, c)
+    # Neighbouring patches share a row and a column. The first 2x2 pixels of each patch tile the
+    # image; the third row and column of a patch lie on the first ones of the next.
+    total = p.new_empty(b, n, rows, 2, columns, 2, c)
+    total[:] = p[..., :2, :2, :].transpose(-4, -3)
+    total[:, :, 1:, 0] += p[:, :, :-1, :, 2, :2]
+    total[:, :, :, :, 1:, 0] += p[:, :, :, :-1, :2, 2].transpose(-3, -2)
+    total[:, :, 1:, 0, 1:, 0] += p[:, :, :-1, :-1, 2, 2]
+    total = total.view(b, n, 2 * rows, 2 * columns, c)
+    return total[:, :, h % 2 : h % 2 + h, w % 2 : w % 2 + w]
+
+
+def where_positive(g: Tensor, y: Tensor) -> Tensor:
+    """g where y > 0, else 0."""
+    return torch.ops.aten.threshold_backward(g, y, 0)
+
+
+def project(g: Tensor, x_hat: Tensor) -> Tensor:
     """P(g) = g - mean(g) - x_hat mean(g x_hat), over the rows."""
-    return (g - mean).addcmul_(x_hat, (g * x_hat).mean(-2, keepdim=True), value=-1)
+    mean, along = g.mean(1, keepdim=True), (g * x_hat).mean(1, keepdim=True)
+    return (g - mean).addcmul_(x_hat, along, value=-1)
+
+
+def flatten_stack(*tensors: tuple[Tensor | None, int]) -> tuple[torch.Size, list[Tensor | None]]:
+    """Tensors with all that stands before their own so many dimensions as one; and its shape."""
+    stack = next(t.shape[: t.ndim - own] for t, own in tensors if t is not None)
+    flat = [None if t is None else t.reshape(-1, *t.shape[t.ndim - own :]) for t, own in tensors]
+    return stack, flat
+
+
+def unflatten_stack(stack: torch.Size, *tensors: Tensor | None) -> tuple:
+    return tuple(None if t is None else t.reshape(*stack, *t.shape[1:]) for t in tensors)
+
+
+def batched(function: type[Function], info, in_dims: tuple, inputs: tuple) -> tuple:
+    """The vmap rule of the operations above: they take any dimensions in front.
+
+    What has no batch dimension is repeated, as a view.
+    """
+
+    def batch_first(x, dim):
+        if not isinstance(x, Tensor):
+            return x
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    outputs = function.apply(*(batch_first(*pair) for pair in zip(inputs, in_dims, strict=True)))
+    return outputs, tuple(None if output is None else 0 for output in outputs)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import leaves, loop_losses, random_tasks, relative_error
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 import amaml
+from amaml.maml import by_mapping, by_recomputing, by_stacking
 
 
 def omniglot_forward(theta, x):
@@ -100,6 +101,49 @@ def test_gradients_are_those_of_finite_differences(kind, inner_steps):
         back = mean_loss({**theta, name: theta[name] - step * direction}, alpha)
         error = abs((gradient[name] * direction).sum() - (there - back) / (2 * step))
         assert error < 1e-6 * max(gradient[name].norm(), 1e-2)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("inner_steps", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["OmniglotCNN", "BatchNorm2d", "LayerNorm"])
+def test_all_ways_to_the_meta_gradient_agree(kind, inner_steps, first_order):
+    model, _forward, theta, tasks = prepared(kind)
+    theta, alpha = {n: value.clone() for n, value in theta.items()}, torch.tensor(0.3).double()
+    batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+    arguments = (model, theta, alpha, batch, inner_steps, first_order, F.cross_entropy)
+    expected, expected_alpha, expected_metrics = by_mapping(*arguments)
+    for way in (by_recomputing, by_stacking) if kind == "OmniglotCNN" else (by_recomputing,):
+        gradient, d_alpha, metrics = way(*arguments)
+        assert relative_error(gradient, expected) < 1e-9
+        assert relative_error(d_alpha, expected_alpha) < 1e-9
+        assert {name: m.shape for name, m in metrics.items()} == {
+            name: m.shape for name, m in expected_metrics.items()
+        }
+        for name, value in metrics.items():
+            assert torch.allclose(value, expected_metrics[name], rtol=1e-9)
+
+
+def test_single_precision_is_near_double_precision():
+    model, _forward, theta, tasks = prepared("OmniglotCNN")
+    expected, expected_alpha, _ = amaml.meta_gradient(model, theta, 0.3, tasks)
+    single = amaml.Tasks(
+        tasks.support_x.float(), tasks.support_y, tasks.query_x.float(), tasks.query_y
+    )
+    gradient, d_alpha, _ = amaml.meta_gradient(
+        model.float(), {n: value.float() for n, value in theta.items()}, 0.3, single
+    )
+    assert gradient["linear.weight"].dtype == torch.float32
+    assert relative_error({n: g.double() for n, g in gradient.items()}, expected) < 1e-4
+    assert relative_error(d_alpha.double(), expected_alpha) < 1e-4
+
+
+def test_a_stackable_model_under_a_transform_goes_the_general_way():
+    model, _forward, theta, tasks = prepared("OmniglotCNN")
+    alphas = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    many, d_alphas, _ = vmap(lambda alpha: amaml.meta_gradient(model, theta, alpha, tasks))(alphas)
+    one, d_alpha, _ = amaml.meta_gradient(model, theta, alphas[1], tasks)
+    assert relative_error({n: g[1] for n, g in many.items()}, one) < 1e-9
+    assert relative_error(d_alphas[1], d_alpha) < 1e-9
 
 
 def test_first_order_leaves_out_the_second_derivatives_and_nothing_else():

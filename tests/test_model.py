@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import amaml
-from amaml.model import BatchNormReLU, Patches, SumOfPatches
+from amaml.model import Block, patches, sum_of_patches
 
 
 def model(n_way: int = 5, seed: int = 0) -> amaml.OmniglotCNN:
@@ -29,69 +29,97 @@ def test_shapes_and_sizes():
     assert not list(network.buffers())  # no running statistics
 
 
-@pytest.mark.parametrize(("h", "w"), [(28, 28), (7, 7), (6, 9), (2, 3)])
-def test_patches_are_those_of_a_padded_convolution(h, w):
-    x = torch.randn(2, h, w, 3, dtype=torch.float64)
-    weight = torch.randn(3, 3, 3, 5, dtype=torch.float64)
+def block_of_torch(x, weight, offset):
+    """The same block from torch's own convolution and normalisation."""
+    h, w = x.shape[-3:-1]
     padded = F.pad(x.movedim(-1, 1), (w % 2, 1, h % 2, 1))
-    expected = F.conv2d(padded, weight.permute(3, 2, 0, 1), stride=2).movedim(1, -1)
-    assert torch.allclose(Patches.apply(x) @ weight.flatten(0, 2), expected, atol=1e-12)
+    z = F.conv2d(padded, weight.permute(3, 2, 0, 1), stride=2)
+    return F.batch_norm(z, None, None, bias=offset, training=True, eps=1e-3).relu().movedim(1, -1)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("h", "w"), [(28, 28), (7, 7), (6, 9), (2, 3)])
+def test_a_block_is_torchs_convolution_and_normalisation(h, w):
+    x, weight, offset = draw(4, h, w, 3), draw(3, 3, 3, 5, seed=1), draw(5, seed=2)
+    y, x_hat, r = Block.apply(x, weight, offset)
+    assert torch.allclose(y, block_of_torch(x, weight, offset), atol=1e-12)
+    assert torch.allclose(x_hat.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+    assert r.shape == (1, 5)
 
 
 def test_convolution_pads_as_tensorflow_does():
     # On 4 pixels with stride 2 SAME padding adds one row and column at the end only.
-    x = torch.arange(1.0, 17.0).view(1, 4, 4, 1)
-    patches = Patches.apply(x)
-    assert patches[0, 0, 0].tolist() == [1, 2, 3, 5, 6, 7, 9, 10, 11]
-    assert patches[0, 0, 1].tolist() == [3, 4, 0, 7, 8, 0, 11, 12, 0]
-    assert patches[0, 1, 1].tolist() == [11, 12, 0, 15, 16, 0, 0, 0, 0]
+    x = torch.arange(1.0, 17.0).view(1, 1, 4, 4, 1)
+    rows = patches(x)[0].tolist()
+    assert rows[0] == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    assert rows[1] == [3, 4, 0, 7, 8, 0, 11, 12, 0]
+    assert rows[3] == [11, 12, 0, 15, 16, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("h", "w"), [(28, 28), (7, 7), (6, 9)])
 def test_patches_and_their_adjoint(h, w):
-    x = torch.randn(2, h, w, 3, dtype=torch.float64)
-    patches = Patches.apply(x)
-    other = torch.randn_like(patches)
-    back = SumOfPatches.apply(other, (h, w))
-    assert torch.allclose((patches * other).sum(), (x * back).sum())  # <Px, z> = <x, P'z>
-    x.requires_grad_()
-    assert torch.autograd.gradgradcheck(Patches.apply, (x[:, :3, :3],))
+    x, y_shape = draw(2, 3, h, w, 4), (2, 3, -(-h // 2), -(-w // 2), 1)
+    rows = patches(x)
+    other = torch.randn_like(rows)
+    back = sum_of_patches(other, y_shape, x.shape)
+    assert torch.allclose((rows * other).sum(), (x * back).sum())  # <Px, z> = <x, P'z>
 
 
-def test_normalisation_is_torchs_without_scale_and_running_statistics():
-    x = torch.randn(6, 7, dtype=torch.float64) * 3 + 1
-    offset = torch.randn(7, dtype=torch.float64)
-    expected = F.batch_norm(x, None, None, bias=offset, training=True, eps=1e-3).relu()
-    assert torch.allclose(BatchNormReLU.apply(x, offset)[0], expected, atol=1e-12)
+@pytest.mark.parametrize("size", [(5, 4), (3, 3)])
+def test_derivatives_of_a_block(size):
+    x, weight, offset = draw(2, *size, 2), draw(3, 3, 2, 3, seed=1), draw(3, seed=2)
+    inputs = [t.requires_grad_() for t in (x, weight, offset)]
+
+    def y(*inputs):
+        return Block.apply(*inputs)[0]
+
+    assert torch.autograd.gradcheck(y, inputs)
+    assert torch.autograd.gradgradcheck(y, inputs)
+    # Each of the other outputs is a true function of the inputs, too.
+    assert torch.autograd.gradcheck(lambda x, w: Block.apply(x, w, offset)[1:], (x, weight))
 
 
-def test_derivatives_of_the_normalisation():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    offset = torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_()
+def test_blocks_side_by_side_are_each_alone():
+    x, weights, offsets = draw(2, 4, 5, 4, 2), draw(3, 3, 3, 2, 6, seed=1), draw(3, 6, seed=2)
 
-    def y(x, offset):
-        return BatchNormReLU.apply(x, offset)[0]
+    def y(x, weight, offset):
+        return Block.apply(x, weight, offset)[0]
 
-    assert torch.autograd.gradcheck(y, (x, offset))
-    assert torch.autograd.gradgradcheck(y, (x, offset))
-    batched = torch.randn(2, 3, 6, 4, dtype=torch.float64, generator=generator)
-    offsets = torch.randn(3, 4, dtype=torch.float64, generator=generator)
-    nested = vmap(vmap(y), in_dims=(0, None))(batched, offsets)
+    # One set of images for all weights, and the other way round, nested and through a derivative
+    nested = vmap(vmap(y, in_dims=(None, 0, 0)), in_dims=(0, None, None))(x, weights, offsets)
+
+    def slope(offset, weight):
+        return grad(lambda o, w: y(x[0], w, o).square().sum(), argnums=(0, 1))(offset, weight)
+
+    slopes = vmap(slope)(offsets, weights)
+    stacked = y(x[:, None].expand(2, 3, *x.shape[1:]), weights.expand(2, *weights.shape),
+                offsets.expand(2, *offsets.shape))  # fmt: skip
     for i in range(2):
         for j in range(3):
-            assert torch.allclose(nested[i, j], y(batched[i, j], offsets[j]))
-    # Batched over one of the two arguments alone, through a derivative
-    by_offset = vmap(grad(lambda o: y(x.detach(), o).square().sum()))(offsets)
-    one = grad(lambda o: y(x.detach(), o).square().sum())(offsets[1])
-    assert torch.allclose(by_offset[1], one)
+            alone = y(x[i], weights[j], offsets[j])
+            assert torch.allclose(nested[i, j], alone) and torch.allclose(stacked[i, j], alone)
+            for many, one in zip(slopes, slope(offsets[j], weights[j]), strict=True):
+                assert torch.allclose(many[j], one)
+
+
+def test_stacked_parameters_give_each_tasks_logits():
+    network, x = model().double(), draw(3, 4, 1, 28, 28).abs()
+    theta = {n: p.detach() + 0.1 * draw(3, *p.shape) for n, p in network.named_parameters()}
+    stacked = functional_call(network, theta, (x,))
+    assert stacked.shape == (3, 4, 5)
+    for i in range(3):
+        alone = functional_call(network, {n: p[i] for n, p in theta.items()}, (x[i],))
+        assert torch.allclose(stacked[i], alone)
 
 
 def test_third_derivatives_are_refused_not_wrong():
-    x = torch.randn(6, 4, dtype=torch.float64)
+    x, weight, offset = draw(2, 4, 4, 1), draw(3, 3, 1, 2), torch.zeros(2, dtype=torch.float64)
 
     def loss(x):
-        return BatchNormReLU.apply(x, torch.zeros(4, dtype=torch.float64))[0].pow(3).sum()
+        return Block.apply(x, weight, offset)[0].pow(3).sum()
 
     def first(x):
         return grad(loss)(x).pow(2).sum()
@@ -101,9 +129,11 @@ def test_third_derivatives_are_refused_not_wrong():
 
 
 def test_a_bias_of_the_convolution_would_have_no_effect():
-    x, offset = torch.randn(6, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    plain, with_bias = (BatchNormReLU.apply(x + bias, offset)[0] for bias in (0, 3.7))
-    assert torch.allclose(plain, with_bias, atol=1e-12)
+    z, offset = draw(6, 4, 3, 3), torch.zeros(4, dtype=torch.float64)
+    plain, biased = (
+        F.batch_norm(z + bias, None, None, bias=offset, training=True) for bias in (0, 3.7)
+    )
+    assert torch.allclose(plain, biased, atol=1e-12)
 
 
 def test_initialisation():
