@@ -20,7 +20,7 @@ ifeq ($(filter quick medium,$(PROFILE)),)
 $(error PROFILE=$(PROFILE) is unknown: give quick or medium)
 endif
 
-.PHONY: figures test lab notebooks clean help
+.PHONY: figures test lab book notebooks clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -51,13 +51,19 @@ figures: $(VENV)/installed  ## execute all notebooks and draw all figures
 test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, the pairs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs --ignore tests/test_pairs.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q -rs --ignore tests/test_pairs.py tests
 	$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-kernel-startup-timeout=120 \
 		-p no:cacheprovider book
 	$(BIN)/python -m pytest -q tests/test_pairs.py
 
 lab: $(VENV)/installed  ## open the book in JupyterLab
-	$(BIN)/jupyter lab book
+	$(BIN)/jupyter lab book --port 8877
+
+book: $(VENV)/installed  ## build the pages from the committed notebooks
+	@mkdir -p build
+	@$(BIN)/jupyter-book build . --toc book/_toc.yml --path-output build --all -W --keep-going --quiet \
+		> build/book.log 2>&1 || { cat build/book.log; exit 1; }
+	@echo "pages: build/_build/html/index.html"
 
 notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb
 	@set -e; for chapter in $(TEACHING) $(FIGURES); do \

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import is_dataclass
 
 from docutils import nodes
 from sphinx.domains.math import MathDomain
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
-JUPYTERLAB = "http://localhost:8888/lab/tree"  # where `make lab` serves the folder book/
+JUPYTERLAB = "http://localhost:8877/lab/tree"  # where `make lab` serves the folder book/
 
 
 class PaperMath(MathDomain):
@@ -20,8 +23,8 @@ class PaperMath(MathDomain):
         paper = re.fullmatch(r"eq-([1-9])", labelid)
         if paper is None:
             raise ExtensionError(
-                f"{docname} labels an equation {labelid!r}; only the paper's equations have labels, "
-                "eq-1 to eq-9"
+                f"{docname} labels an equation {labelid!r}; only the paper's equations have "
+                "labels, eq-1 to eq-9"
             )
         self.equations[labelid] = (docname, int(paper[1]))
 
@@ -85,7 +88,7 @@ def jupyterlab_button(app, pagename, templatename, context, doctree) -> None:
     button = {
         "type": "link",
         "url": f"{JUPYTERLAB}/{pagename.rpartition('/')[2]}.ipynb",
-        "tooltip": "Open in JupyterLab (while `make lab` runs)",
+        "tooltip": "Open in JupyterLab, while make lab runs",
         "icon": "fas fa-flask",
         "label": "jupyterlab-button",
     }
@@ -101,13 +104,23 @@ def column_lists(app, what, name, obj, options, lines: list[str]) -> None:
             column = start.end()
         if column is not None and line[:column].strip() and line[column - 1] == " ":
             names = re.sub(r"\w+", r"``\g<0>``", line[:column].strip())
-            result += ["", names, f"    {line[column:]}"]
+            text = re.sub(r"  +", ", ", line[column:])
+            result += ["", names, f"    {text}"]
         elif column is not None and line.startswith(" " * column):
             result.append(f"    {line.strip()}")
         else:
             column = None
             result.append(line)
     lines[:] = result
+
+
+def fields(app, what, name, obj, options, signature, annotation):
+    """A data class's signature is that of its fields, with their defaults."""
+    if what == "class" and is_dataclass(obj):
+        parameters = inspect.signature(obj.__init__)
+        without_self = list(parameters.parameters.values())[1:]
+        parameters = parameters.replace(parameters=without_self)
+        return stringify_signature(parameters, show_return_annotation=False), annotation
 
 
 def setup(app) -> dict:
@@ -118,4 +131,5 @@ def setup(app) -> dict:
     app.connect("config-inited", address)
     app.connect("html-page-context", jupyterlab_button, priority=900)
     app.connect("autodoc-process-docstring", column_lists)
+    app.connect("autodoc-process-signature", fields)
     return {"parallel_read_safe": True}
