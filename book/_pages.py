@@ -95,8 +95,17 @@ def jupyterlab_button(app, pagename, templatename, context, doctree) -> None:
     context["header_buttons"].insert(0, button)
 
 
-def column_lists(app, what, name, obj, options, lines: list[str]) -> None:
-    """Lists in two columns in docstrings (names, two spaces or more, a text) as definitions."""
+def docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """The docstrings' few conventions in terms of reStructuredText.
+
+    What stands in backticks is a name, which becomes a link where it can, or else code. Lists in
+    two columns (names, two spaces or more, a text) become definitions.
+    """
+
+    def quoted(match: re.Match) -> str:
+        return match[0] if re.fullmatch(r"\w[\w.]*", match[1]) else f"``{match[1]}``"
+
+    lines[:] = re.sub(r"`+([^`]+)`+", quoted, "\n".join(lines)).split("\n")
     result, column = [], None
     for line in lines:
         start = re.match(r" *\S+(?: \S+)*?  +(?=\S)", line)
@@ -130,6 +139,6 @@ def setup(app) -> dict:
     app.connect("doctree-resolved", list_figures)
     app.connect("config-inited", address)
     app.connect("html-page-context", jupyterlab_button, priority=900)
-    app.connect("autodoc-process-docstring", column_lists)
+    app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", fields)
     return {"parallel_read_safe": True}
