@@ -92,7 +92,9 @@ def test_every_picture_has_a_number_a_caption_and_alternative_text(parsed):
         for picture in article(parsed, page).find_all("img"):
             described = picture.get("alt", "")
             assert len(described) > 20 and "/" not in described.split(" ")[0], (page, described)
-            caption = picture.find_parent("figure").find("figcaption")
+            figure = picture.find_parent("figure")
+            assert figure, f"{page}: a picture without a caption ({described})"
+            caption = figure.find("figcaption")
             number = caption.find(class_="caption-number").get_text(strip=True)
             assert caption.find(class_="caption-text").get_text(strip=True), (page, number)
             assert number not in figures, f"{number} is there twice"
