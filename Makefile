@@ -8,10 +8,12 @@ BUILT := build/notebooks/$(PROFILE)
 RETRAINED := $(if $(filter-out 0 no false False,$(RETRAIN)),True,False)
 
 # The teaching chapters need images, so beyond the embedded ones they need DATA. The figure chapters
-# need images only to train: with records they draw from those, in seconds.
+# need images only to train: with records they draw from those, in seconds. The chapter on one's own
+# tasks makes them itself.
 TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
 FIGURES := 05_figure_1
-EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES)
+OWN := 09_your_own
+EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES) $(OWN)
 ifdef DATA
 export AMAML_DATA := $(abspath $(patsubst ~/%,$(HOME)/%,$(DATA)))
 endif
@@ -66,7 +68,7 @@ book: $(VENV)/installed  ## build the pages from the committed notebooks
 	@echo "pages: build/_build/html/index.html"
 
 notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb
-	@set -e; for chapter in $(TEACHING) $(FIGURES); do \
+	@set -e; for chapter in $(TEACHING) $(FIGURES) $(OWN); do \
 		$(BIN)/jupytext --to ipynb --execute book/$$chapter.md; \
 	done
 
