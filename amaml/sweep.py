@@ -20,7 +20,6 @@ from amaml import experiments, records
 from amaml.config import RunConfig
 from amaml.training import Run, train
 
-POINTS = 500  # rows a run that are published, at most
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
 
 
@@ -142,7 +141,7 @@ def figure_records(
 
     def publish(run: Run) -> None:
         nonlocal table
-        new = records.thin(tabulate(run, labels[run.id]), POINTS)
+        new = records.thin(tabulate(run, labels[run.id]), experiments.points(figure))
         old = table[table["run"] != run.id]
         table = pd.concat([old, new]) if len(old) else new
         table = table.sort_values("run", key=lambda r: r.map(order), kind="stable")
