@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
-from amaml.records import PROJECT
+from amaml.records import PROJECT, RECORDS, read_records
 from amaml.tasks import Tasks
 
 METHODS = ("MAML", "Alpha MAML")
@@ -59,6 +59,21 @@ def save(figure: Figure, name: str, profile: str, folder: str | Path | None = No
         dates = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
         figure.savefig(path, metadata=dates)
     return paths
+
+
+def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = RECORDS) -> str:
+    """Where a figure's numbers come from: data, seeds, and who made the runs, from its records."""
+    data = " and ".join(DATA_NAMES[name] for name in table["data"].unique())
+    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
+    lines = [f"{data}, profile {profile}, seeds {seeds}"]
+    for batch in read_records(figure, profile, folder)[1]:
+        commit = str(batch["commit"])[:10] + ("" if batch["clean"] else " and changes")
+        hours = sum(batch["runs"].values()) / 3600
+        lines.append(
+            f"{len(batch['runs'])} runs at commit {commit}: torch {batch['versions']['torch']}, "
+            f"{batch['machine']['processor']}, {hours:.1f} h"
+        )
+    return "\n".join(lines)
 
 
 def image_grid(images: Tensor, labels: list[str] | None = None, inch: float = 0.42) -> Figure:
