@@ -131,13 +131,18 @@ def heat_map(axis, cells: pd.DataFrame, x: str, y: str, norm: LogNorm) -> None:
 
 def rate_labels(rates: list[float]) -> list[str]:
     """Rates as short as they fit below the cells of a panel; of many only the powers of ten."""
-    powers = [rate > 0 and math.isclose(math.log10(rate) % 1, 0, abs_tol=1e-9) for rate in rates]
-    labels = [
-        f"$10^{{{math.log10(rate):.0f}}}$" if power and rate < 0.1 else f"{rate:g}"
-        for rate, power in zip(rates, powers, strict=True)
-    ]
     few = len(rates) <= 6
-    return [label if few or power else "" for label, power in zip(labels, powers, strict=True)]
+    return [rate_label(rate) if few or is_power_of_ten(rate) else "" for rate in rates]
+
+
+def rate_label(rate: float) -> str:
+    if is_power_of_ten(abs(rate)) and abs(rate) < 0.1:
+        return f"${'-' if rate < 0 else ''}10^{{{math.log10(abs(rate)):.0f}}}$"
+    return f"{rate:g}"
+
+
+def is_power_of_ten(rate: float) -> bool:
+    return rate > 0 and math.isclose(math.log10(rate), round(math.log10(rate)), abs_tol=1e-9)
 
 
 def panel_title(hyper_rates: tuple[float, float]) -> str:
@@ -259,9 +264,10 @@ def rate_axis(axis, side: str, rates: pd.Series) -> None:
     low = max(-LARGE_RATE, 2 * rates.min()) if rates.min() < 0 else 0
     high = min(LARGE_RATE, 2 * rates.max())
     decades = 10.0 ** np.arange(round(math.log10(SMALL_RATE)), round(math.log10(LARGE_RATE)) + 1)
-    ticks = [tick for tick in (*-decades[2::2], 0, *decades[1:]) if low <= tick <= high]
+    signed = (*-decades[2::2], 0, *decades[2::2]) if low else (0, *decades[1:])
+    ticks = [tick for tick in signed if low <= tick <= high]
     getattr(axis, f"set_{side}scale")("symlog", linthresh=SMALL_RATE, linscale=0.4)
-    getattr(axis, f"set_{side}ticks")(ticks, [f"{tick:g}" for tick in ticks])
+    getattr(axis, f"set_{side}ticks")(ticks, [rate_label(tick) for tick in ticks])
     axis.set(**{f"{side}lim": (low, high)})
     axis.minorticks_off()
 
@@ -275,9 +281,12 @@ def curves(table: pd.DataFrame, start: tuple, hyper_rates: tuple) -> Figure:
     use_style()
     quantities = {"alpha": r"$\alpha$", "beta": r"$\beta$", "validation_loss": "validation loss"}
     figure, axes = plt.subplots(1, len(quantities), figsize=(7, 2.7))
+    cells = {
+        method: table[(table[CELL] == [*start, *rates]).all(axis=1)]
+        for method, rates in zip(METHODS, ((0.0, 0.0), hyper_rates), strict=True)
+    }
     for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
-        for method, rates in zip(METHODS, ((0.0, 0.0), hyper_rates), strict=True):
-            cell = table[(table[CELL] == [*start, *rates]).all(axis=1)]
+        for method, cell in cells.items():
             for _, run in cell.groupby("run"):
                 line = run[np.isfinite(run[quantity])]
                 axis.plot(
@@ -286,6 +295,8 @@ def curves(table: pd.DataFrame, start: tuple, hyper_rates: tuple) -> Figure:
                     marker={"reached": "o", "diverged": "x"}.get(run["status"].iloc[0]),
                 )  # fmt: skip
         axis.set(xlabel="iteration t", ylabel=label)
+        if quantity in ("alpha", "beta"):
+            rate_axis(axis, "y", pd.concat(cells.values())[quantity])
     loss_axis(axes[-1], table["validation_loss"], table["n_way"].max())
     axes[-1].axhline(table["threshold"].max(), color="0.4", linestyle=":", linewidth=0.8)
     rates = zip(CELL, (*start, *hyper_rates), strict=True)
@@ -320,7 +331,5 @@ def explore(table: pd.DataFrame, start: tuple, hyper_rates: tuple) -> None:
     }  # fmt: skip
     pairs = [pair for pair, _ in table.groupby(HYPER_RATES) if any(pair)]
     options = [(" and ".join(f"{rate:g}" for rate in pair), pair) for pair in pairs]
-    label = r"$h_\alpha$ and $h_\beta$"
-    interact(
-        show, **sides, hyper_rates=Dropdown(options=options, value=hyper_rates, description=label)
-    )
+    wide = {"description": r"$h_\alpha$ and $h_\beta$", "style": {"description_width": "initial"}}
+    interact(show, **sides, hyper_rates=Dropdown(options=options, value=hyper_rates, **wide))
