@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from amaml import experiments, records
 from amaml.config import RunConfig
 from amaml.training import Run, train
 
+PUBLISH_EVERY = 20  # seconds between two publications: each writes the whole table
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
 
 
@@ -128,9 +130,9 @@ def figure_records(
 ) -> pd.DataFrame:
     """The table that a figure is drawn from: its published records, after training what is missing.
 
-    Each run is published to `folder` as it finishes, in the place of an older record of the same
-    run. With `retrain` the published records are not taken for granted; runs that are finished or
-    under way in `out` still are (remove their folders to make them from nothing).
+    Runs are published to `folder` as they finish, in the place of older records of the same runs.
+    With `retrain` the published records are not taken for granted; runs that are finished or under
+    way in `out` still are (remove their folders to make them from nothing).
     """
     labelled = experiments.runs_of(figure, profile)
     labels = {config.id: label for label, config in labelled}
@@ -139,18 +141,32 @@ def figure_records(
     table = table[table["run"].isin(order)]
     finished = set(table["run"])
 
-    def publish(run: Run) -> None:
-        nonlocal table
-        new = records.thin(tabulate(run, labels[run.id]), experiments.points(figure))
-        old = table[table["run"] != run.id]
-        table = pd.concat([old, new]) if len(old) else new
+    waiting, written = [], time.monotonic()
+
+    def publish() -> None:
+        nonlocal table, written
+        for run in waiting:
+            rows = records.thin(tabulate(run, labels[run.id]), experiments.points(figure))
+            others = table[table["run"] != run.id]
+            table = pd.concat([others, rows]) if len(others) else rows
+            enter(made_by, run.id, records.read_json(Path(out) / run.id / "result.json"))
         table = table.sort_values("run", key=lambda r: r.map(order), kind="stable")
-        enter(made_by, run.id, records.read_json(Path(out) / run.id / "result.json"))
         records.write_records(figure, profile, table, made_by, folder)
+        waiting.clear()
+        written = time.monotonic()
+
+    def finish(run: Run) -> None:
+        waiting.append(run)
+        if time.monotonic() - written > PUBLISH_EVERY:
+            publish()
 
     missing = [config for _, config in labelled if retrain or config.id not in finished]
     if missing:
-        run_all(missing, out, client, root=root, progress=progress, on_finish=publish)
+        try:
+            run_all(missing, out, client, root=root, progress=progress, on_finish=finish)
+        finally:
+            if waiting:
+                publish()
     return table.reset_index(drop=True)
 
 
