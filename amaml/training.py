@@ -118,7 +118,7 @@ def train(
         saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
         tasks_generator.set_state(saved.pop("generator"))
         state = restore_state(saved, device)
-    records.truncate_metrics(folder / "metrics.csv", iteration)
+    records.truncate_metrics(folder / "metrics.csv")
 
     rates = {"hyper_alpha": config.hyper_alpha, "hyper_beta": config.hyper_beta}
     inner = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
