@@ -9,28 +9,34 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
+import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Integral
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
 N_DRAWINGS = 20
-SIZE = 28
+SCAN, SIZE = 105, 28  # pixels of a drawing each way, as it lies on disk and as it is used here
 OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}  # folder: characters
 OMNIGLOT_FINGERPRINT = "75a36f7ce605ee617d0c45021613841aec979e079f71594e885aba52a7c003ce"
-PACKED_VERSION = 1  # raised when the packed arrays change: older cache files are left alone
-# What zipfile, Pillow and numpy raise on damaged files.
+MOST_BYTES, MOST_FILES = 10_000, 100_000  # a drawing has about 200 bytes, Omniglot 32,460 drawings
+PACKED_VERSION = 2  # raised when the packed arrays change: older cache files are left alone
+# What zipfile and Pillow raise on damaged files.
 UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
     OSError,
     SyntaxError,
+    struct.error,
     ValueError,
     RuntimeError,
 )
@@ -53,15 +59,25 @@ class Characters:
     names: tuple[str, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "names", tuple(self.names))
         if not isinstance(self.images, Tensor):
             raise TypeError(f"images must be a tensor, not {type(self.images).__name__}")
         shape = tuple(self.images.shape)
-        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[2] != shape[3]:
+        if (
+            self.images.dtype != torch.uint8
+            or len(shape) != 4
+            or shape[2] != shape[3]
+            or 0 in shape[1:]
+        ):
             raise ValueError(
                 f"images must be uint8 of shape (n_characters, n_drawings, size, size), got "
                 f"{self.images.dtype} {shape}"
             )
+        if isinstance(self.names, str) or not isinstance(self.names, Sequence):
+            raise TypeError(f"names must be a list of strings, not {self.names!r}")
+        for name in self.names:
+            if not isinstance(name, str):
+                raise TypeError(f"names must be strings, one of them is {name!r}")
+        object.__setattr__(self, "names", tuple(self.names))
         if len(self.names) != shape[0] or len(set(self.names)) != shape[0]:
             raise ValueError(
                 f"{shape[0]} characters need as many different names, got {len(self.names)} "
@@ -81,7 +97,7 @@ class Characters:
 
     def to(self, device) -> Characters:
         """The same characters on another device."""
-        return Characters(self.images.to(device), self.names)
+        return Characters(self.images.to(as_device(device)), self.names)
 
 
 @dataclass(frozen=True)
@@ -101,11 +117,14 @@ def split_characters(characters: Characters, seed: int = 0) -> Split:
     code. Other sets are cut in the same proportions. Raises ValueError where a part would be
     empty; from 11 characters on none is.
     """
+    if not isinstance(characters, Characters):
+        raise TypeError(f"characters must be amaml.Characters, not {type(characters).__name__}")
+    check_seed(seed)
     n = len(characters)
     train, both = round(n * 1100 / 1623), round(n * 1200 / 1623)
     if not 0 < train < both < n:
         raise ValueError(f"{n} characters are too few to split into three sets; 11 are enough")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed)))
     return Split(characters[order[:train]], characters[order[train:both]], characters[order[both:]])
 
 
@@ -122,6 +141,10 @@ def load_omniglot(root: str | os.PathLike | None = None, download: bool = False)
     the result is cached for the next call. Raises FileNotFoundError where the data is not there,
     ValueError where it is not Omniglot's, ConnectionError where a download fails.
     """
+    if not isinstance(root, str | os.PathLike | None):
+        raise TypeError(f"root={root!r}: must be the path of a folder, or None")
+    if not isinstance(download, bool):
+        raise TypeError(f"download={download!r}: must be True or False")
     if root is None:
         root = os.environ.get("AMAML_DATA") or cache_folder()
     root = Path(root).expanduser()
@@ -151,18 +174,42 @@ def load_glyphs(seed: int = 0) -> Characters:
     `seed`. Drawn within seconds by the first call, then cached. It is for trying things out: its
     results are never mixed with Omniglot's.
     """
+    check_seed(seed)
     cached = cache_folder() / f"glyphs-{PACKED_VERSION}-{seed}.npz"
     packed = read_packed(cached)
     if packed is None:
         from amaml.glyphs import draw_glyphs  # needs matplotlib, the cached array does not
 
-        packed = draw_glyphs(seed)
+        packed = draw_glyphs(int(seed))
         write_packed(cached, *packed)
     images, names = packed
     return Characters(torch.from_numpy(images), names)
 
 
 LOADERS = {"omniglot": load_omniglot, "glyphs": load_glyphs}
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed={seed!r}: must be a whole number")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must be from 0 to 2**63 - 1")
+
+
+def as_device(device) -> torch.device:
+    """A device by its name; TypeError or ValueError where there is none of that name here."""
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device={device!r}: must be a name such as 'cpu' or 'cuda'")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={str(device)!r} cannot be used ({reason}); 'cpu' can, and 'cuda' where torch "
+            "finds a GPU"
+        ) from error
+    return found
 
 
 def cache_folder() -> Path:
@@ -229,8 +276,31 @@ def read_drawings(part: Path) -> Iterator[tuple[str, bytes]]:
             yield path.relative_to(part).as_posix(), path.read_bytes()
         return
     with zipfile.ZipFile(part) as archive:
+        check_entries(archive)
         for name in sorted(n for n in archive.namelist() if n.endswith(".png")):
-            yield name.partition("/")[2], archive.read(name)
+            with archive.open(name) as file:
+                yield name.partition("/")[2], file.read(MOST_BYTES + 1)  # not what it unpacks to
+
+
+def check_entries(archive: zipfile.ZipFile) -> None:
+    """ValueError for what no zip of Omniglot holds, before anything in it is unpacked.
+
+    Nothing is written to disk from a zip; a reader who unpacks it by hand is to be safe as well.
+    """
+    entries = archive.infolist()
+    if len(entries) > MOST_FILES:
+        raise ValueError(f"it has {len(entries)} entries, at most {MOST_FILES} are expected")
+    for entry in entries:
+        name = entry.orig_filename
+        if name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"its entry {name!r} leads out of the folder")
+        if not (entry.is_dir() or stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG)):
+            raise ValueError(f"its entry {name!r} is a link or another thing that is not a file")
+        if max(entry.file_size, entry.compress_size) > MOST_BYTES:
+            raise ValueError(
+                f"its entry {name!r} unpacks from {entry.compress_size} to {entry.file_size} "
+                f"bytes; at most {MOST_BYTES} are expected"
+            )
 
 
 def pack_omniglot(parts: list[Path]) -> tuple[np.ndarray, list[str]]:
@@ -243,13 +313,17 @@ def pack_omniglot(parts: list[Path]) -> tuple[np.ndarray, list[str]]:
         before = len(drawings)
         try:
             for name, content in read_drawings(part):
-                picture = Image.open(io.BytesIO(content)).convert("L")
+                picture = Image.open(io.BytesIO(content), formats=["PNG"])
+                if picture.size != (SCAN, SCAN):
+                    size = "{} x {} pixels".format(*picture.size)
+                    raise ValueError(f"{name} has {size}, Omniglot's drawings {SCAN} x {SCAN}")
+                picture = picture.convert("L")
                 grey = np.asarray(picture)
                 digest.update(np.packbits(grey == 0).tobytes())
                 # Of one-bit files Pillow would take the nearest pixel; of grey ones it filters.
                 small = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
                 drawings.setdefault(name.rpartition("/")[0], []).append(255 - np.asarray(small))
-        except UNREADABLE as error:
+        except (Image.DecompressionBombError, *UNREADABLE) as error:
             raise ValueError(
                 f"{part} is damaged ({error}); remove it and get it again. {HOW_TO_GET}"
             ) from error
@@ -273,34 +347,37 @@ def pack_omniglot(parts: list[Path]) -> tuple[np.ndarray, list[str]]:
 
 
 def write_packed(path: Path, images: np.ndarray, names: Sequence[str]) -> None:
-    """Cache a packed array, replaced as a whole so that no reader sees half a file."""
+    """Cache a packed array and its SHA-256, replaced as a whole: no reader sees half a file."""
+    file = io.BytesIO()
+    np.savez_compressed(file, images=images, names=np.array(names))
+    content = file.getvalue()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    arrays = {"images": images, "names": np.array(names), "sha256": packed_digest(images, names)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(part, path)
+        try:
+            part.write_bytes(content + hashlib.sha256(content).digest())
+            os.replace(part, path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise type(error)(
+        raise OSError(
             error.errno,
-            f"the packed images cannot be cached ({error.strerror}); give a folder that can be "
-            "written in the environment variable XDG_CACHE_HOME",
+            f"the packed images cannot be cached ({error.strerror}); make room there, or give a "
+            "folder that can be written in the environment variable XDG_CACHE_HOME",
             str(path),
         ) from error
 
 
 def read_packed(path: Path) -> tuple[np.ndarray, list[str]] | None:
-    """A cached array; None where there is none or where it is damaged (it is then made again)."""
+    """A cached array; None where there is none, and with a warning where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images, names = file["images"], file["names"].tolist()
-            intact = str(file["sha256"]) == packed_digest(images, names)
-    except (KeyError, *UNREADABLE):
+        content = path.read_bytes()
+    except FileNotFoundError:
         return None
-    return (images, names) if intact else None
-
-
-def packed_digest(images: np.ndarray, names: Sequence[str]) -> str:
-    return hashlib.sha256(images.tobytes() + "\n".join(names).encode()).hexdigest()
+    content, written = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() != written:
+        warnings.warn(f"{path} is damaged; it is made again", stacklevel=3)
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        return file["images"], file["names"].tolist()
