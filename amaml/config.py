@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -17,6 +16,7 @@ from amaml.alpha_maml import META_OPTIMIZERS
 from amaml.data import LOADERS
 from amaml.maml import meta_only
 
+LARGEST = torch.finfo(torch.float32).max  # a larger rate would be infinite in the network's dtype
 NUMERICS = 1  # raised whenever a change alters results: older runs are then not taken for new ones
 
 
@@ -71,26 +71,27 @@ class RunConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        least = {"n_way": 2, "seed": 0}
+        least, most = {"n_way": 2, "seed": 0}, {"seed": 2**63 - 1}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type == "int":
-                self._number(name, value, Integral, least.get(name, 1))
+                self._number(name, value, Integral, least.get(name, 1), most.get(name, 10**9))
             elif field.type == "float" or (field.type == "float | None" and value is not None):
-                self._number(name, value, Real, 0)
+                self._number(name, value, Real, 0, LARGEST)
             elif field.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{name}={value!r}: must be True or False")
         for name, allowed in (("data", tuple(LOADERS)), ("meta_optimizer", META_OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
 
-    def _number(self, name: str, value, kind: type, least: int) -> None:
+    def _number(self, name: str, value, kind: type, least: int, most: float) -> None:
         """Check a number and store it as plain int or float, so that equal configs are equal."""
         what = "a whole number" if kind is Integral else "a number"
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{name}={value!r}: must be {what}")
-        if not math.isfinite(value) or value < least:
-            raise ValueError(f"{name}={value!r}: must be finite and at least {least}")
+        if not least <= value <= most:  # nor a NaN
+            shown = repr(value) if isinstance(value, float) or value < 1e300 else "over 1e300"
+            raise ValueError(f"{name}={shown}: must be finite, at least {least}, at most {most:g}")
         plain = int(value) if kind is Integral else float(value) + 0.0  # -0.0 is 0.0
         object.__setattr__(self, name, plain)
 

@@ -10,11 +10,12 @@ given.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from amaml.data import Characters
+from amaml.data import Characters, as_device
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Tasks:
                     f"{name} has shape {tuple(value.shape)}; its first two dimensions must be "
                     "(meta_batch_size, examples): one task alone is given as a batch of one"
                 )
+        if len({value.device for value in vars(self).values()}) != 1:
+            devices = {name: str(value.device) for name, value in vars(self).items()}
+            raise ValueError(f"the four tensors must be on the same device, got {devices}")
         if len({len(value) for value in vars(self).values()}) != 1:
             shapes = {name: tuple(value.shape) for name, value in vars(self).items()}
             raise ValueError(f"the four tensors must hold the same number of tasks, got {shapes}")
@@ -73,6 +77,8 @@ class Tasks:
     def __getitem__(self, index: slice | Tensor) -> Tasks:
         """Some of the tasks, as a meta-batch: `tasks[:8]`; a single index keeps its dimension."""
         if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"task {index} of {len(self)}, which are counted from 0")
             index = slice(index, index + 1 or None)
         return Tasks(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
@@ -82,6 +88,11 @@ class Tasks:
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Tasks:
         """The same tasks on another device, or with floating-point tensors of another dtype."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(
+                f"dtype={dtype!r}: must be a floating-point dtype such as torch.float64"
+            )
+        device = None if device is None else as_device(device)
         moved = {}
         for name, value in vars(self).items():
             kind = dtype if value.is_floating_point() else None
@@ -109,9 +120,9 @@ class TaskSampler:
 
     def __post_init__(self):
         for name in ("n_way", "k_shot", "k_query"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        if not isinstance(self.rotate, bool):
+            raise TypeError(f"rotate={self.rotate!r}: must be True or False")
         if not isinstance(self.characters, Characters):
             raise TypeError(
                 "characters must be amaml.Characters (from load_omniglot, load_glyphs or "
@@ -142,8 +153,7 @@ class TaskSampler:
         The generator must be on the device that the characters are on; the same state of the
         generator gives the same tasks. No loop runs over the tasks.
         """
-        if isinstance(meta_batch_size, bool) or not isinstance(meta_batch_size, int):
-            raise TypeError(f"meta_batch_size must be a whole number, not {meta_batch_size!r}")
+        meta_batch_size = whole("meta_batch_size", meta_batch_size)
         if meta_batch_size < 1:
             raise ValueError(f"meta_batch_size={meta_batch_size}: at least 1 task is needed")
         if not isinstance(generator, torch.Generator):
@@ -154,6 +164,12 @@ class TaskSampler:
         images = self.characters.images
         n_characters, n_drawings, height, width = images.shape
         batch, n_way, k = meta_batch_size, self.n_way, self.k_shot + self.k_query
+        terabytes = 4 * batch * max(n_characters, n_way * k * height * width) / 1e12
+        if terabytes > 1:
+            raise ValueError(
+                f"meta_batch_size={batch} needs {terabytes:.3g} terabytes of memory; give fewer "
+                "tasks at a time"
+            )
         if generator.device.type != images.device.type:
             raise ValueError(
                 f"the generator is on {generator.device}, the characters are on {images.device}; "
@@ -181,6 +197,13 @@ class TaskSampler:
             query_x=x[:, :, self.k_shot :].reshape(batch, -1, 1, height, width),
             query_y=labels.repeat_interleave(self.k_query).repeat(batch, 1),
         )
+
+
+def whole(name: str, value: int) -> int:
+    """A whole number, of numpy's as well, as an int; TypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
 
 
 def quarter_turns(height: int, width: int, device=None) -> Tensor:
