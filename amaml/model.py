@@ -43,11 +43,13 @@ class OmniglotCNN(nn.Module):
         self, n_way: int = 5, generator: torch.Generator | None = None, *, filters: int = 64
     ):
         super().__init__()
-        for name, value, least in (("n_way", n_way, 2), ("filters", filters, 1)):
+        for name, value, least, most in (("n_way", n_way, 2, 10**6), ("filters", filters, 1, 4096)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be a whole number, not {value!r}")
-            if value < least:
-                raise ValueError(f"{name}={value}: at least {least} is needed")
+            if not least <= value <= most:
+                raise ValueError(f"{name}={value}: must be at least {least} and at most {most}")
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, not {generator!r}")
         channels = [1, filters, filters, filters, filters]
         self.blocks = nn.Sequential(
             *(ConvBlock(*pair, generator) for pair in itertools.pairwise(channels))
@@ -61,6 +63,13 @@ class OmniglotCNN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+        if x.ndim < 4 or x.shape[-3] != 1 or not x.numel() or not x.is_floating_point():
+            raise ValueError(
+                f"x is {x.dtype} {tuple(x.shape)}; it must be of a floating-point dtype and of "
+                "shape (batch, 1, height, width)"
+            )
         features = self.blocks(x.movedim(-3, -1)).mean((-3, -2))
         return features @ self.linear.weight.mT + self.linear.bias.unsqueeze(-2)
 
