@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml.maml import (
+from amaml.arguments import (
     Loss,
+    as_hyper_rate,
     as_scalar,
-    check_inner_steps,
+    check_call,
     check_module,
-    meta_gradient,
-    query_metrics,
-    same_dtype,
+    checked_loss,
 )
+from amaml.maml import meta_gradient, query_metrics, same_dtype
 from amaml.tasks import Tasks
 
 META_OPTIMIZERS = ("sgd", "adam")
@@ -84,22 +84,27 @@ def meta_step(
     hyper_beta: float | Tensor = 0.0,
     inner_steps: int = 1,
     first_order: bool = False,
+    recompute: bool = False,
     loss: Loss = F.cross_entropy,
 ) -> tuple[MetaState, dict[str, Tensor]]:
     """One iteration of Algorithm 2: returns the next state, and what was measured on the way.
 
     The gradient over the meta-batch is the mean over its tasks (equation 9 has the sum; the
     difference is a change of scale of beta and of the hyper rates). `hyper_alpha` = `hyper_beta`
-    = 0 is MAML, Algorithm 1. The rates are not clamped.
+    = 0 is MAML, Algorithm 1. The rates are not clamped. For `recompute` see `meta_gradient`.
 
     `metrics` holds scalars: `support_loss` (at theta), `query_loss` and `query_accuracy` (at
     theta_prime), the `alpha` and `beta` of this iteration, `gradient_norm` of the meta-gradient,
     and the two hypergradients `d_alpha` (equation 4) and `d_beta` (equation 6). With `first_order`
     these are taken with the first-order gradients, and so only approximate.
     """
+    check_state(state)
     theta, alpha, beta, direction, moments = state
+    hyper_alpha = as_hyper_rate("hyper_alpha", hyper_alpha, like=alpha)
+    hyper_beta = as_hyper_rate("hyper_beta", hyper_beta, like=beta)
+    inner = {"inner_steps": inner_steps, "first_order": first_order, "recompute": recompute}
     gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)
-        model, theta, alpha, tasks, inner_steps=inner_steps, first_order=first_order, loss=loss
+        model, theta, alpha, tasks, **inner, loss=loss
     )
     d_beta = -dot(gradient, direction)  # (6)
     beta = descend(beta, hyper_beta, d_beta)  # (9), second line
@@ -126,8 +131,9 @@ def evaluate(
     a number for a single task). With a model that normalises by batch statistics the query set is
     seen as a whole: the accuracy is transductive.
     """
-    check_module(model)
-    check_inner_steps(inner_steps)
+    check_state(state)
+    check_call(model, state.theta, inner_steps, False, loss, tasks)
+    loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
     theta, (support_x, query_x) = same_dtype(state.theta, tasks.support_x, tasks.query_x)
     batch = (support_x, tasks.support_y, query_x, tasks.query_y)
     chunks = zip(*(x.split(CHUNK) for x in batch), strict=True)
@@ -141,13 +147,19 @@ def evaluate(
     return summary
 
 
-def descend(rate: Tensor, hyper_rate: float | Tensor, hypergradient: Tensor) -> Tensor:
+def check_state(state: MetaState) -> None:
+    if not isinstance(state, MetaState):
+        raise TypeError(
+            f"state must be an amaml.MetaState, as init_state gives it, not {type(state).__name__}"
+        )
+
+
+def descend(rate: Tensor, hyper_rate: Tensor, hypergradient: Tensor) -> Tensor:
     """One step of gradient descent on a learning rate.
 
     A hyper rate of zero leaves the rate alone also where the hypergradient is not finite, since
     0 * inf is not a number.
     """
-    hyper_rate = torch.as_tensor(hyper_rate, dtype=rate.dtype, device=rate.device)
     return torch.where(hyper_rate == 0, rate, rate - hyper_rate * hypergradient)
 
 

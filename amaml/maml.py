@@ -6,18 +6,24 @@ learning rate `alpha`. The tasks of a meta-batch run side by side in one `torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn import functional as F
 
+from amaml.arguments import (
+    Loss,
+    Theta,
+    as_scalar,
+    check_call,
+    check_examples,
+    checked_loss,
+    is_transformed,
+)
 from amaml.tasks import Tasks
-
-Theta = Mapping[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def adapt(
@@ -38,9 +44,11 @@ def adapt(
     constants (section 5.2 of Finn et al. 2017). Parameters named in an attribute `meta_only` of the
     model or of one of its parts are left as they are.
     """
-    check_module(model)
-    check_inner_steps(inner_steps)
+    check_call(model, theta, inner_steps, first_order, loss)
+    check_examples(x, y)
     theta, (x,) = same_dtype(theta, x)
+    alpha = as_scalar("alpha", alpha, like=next(iter(theta.values())))
+    loss = checked_loss(loss, y=y)
     return inner_loop(model, theta, alpha, x, y, inner_steps, first_order, loss)[0]
 
 
@@ -97,10 +105,10 @@ def meta_gradient(
     The gradient is taken task by task and averaged afterwards, never of the average: the latter
     order of `torch.func` transforms is silently wrong through torch's own normalisation layers.
     """
-    check_module(model)
-    check_inner_steps(inner_steps)
+    check_call(model, theta, inner_steps, first_order, loss, tasks)
     theta, (support_x, query_x) = same_dtype(theta, tasks.support_x, tasks.query_x)
     alpha = as_scalar("alpha", alpha, like=next(iter(theta.values())))
+    loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
     batch = (support_x, tasks.support_y, query_x, tasks.query_y)
     gradient_of = by_mapping
     if recompute:
@@ -230,7 +238,7 @@ def query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Te
 def measure(prediction: Tensor, y: Tensor, loss: Loss) -> dict[str, Tensor]:
     """One task's `query_loss` and, for the cross-entropy, `query_accuracy`."""
     metrics = {"query_loss": loss(prediction, y)}
-    if loss is F.cross_entropy:
+    if unwrap(loss) is F.cross_entropy:
         metrics["query_accuracy"] = accuracy(prediction, y)
     return metrics
 
@@ -238,10 +246,7 @@ def measure(prediction: Tensor, y: Tensor, loss: Loss) -> dict[str, Tensor]:
 def is_stackable(model: nn.Module, alpha: Tensor, theta: Theta) -> bool:
     """Whether plain autograd can work on all tasks at once: the model takes stacked parameters, and
     no `torch.func` transform is at work around this call."""
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor
-    return getattr(model, "stackable", False) and not any(
-        transformed(tensor) for tensor in (alpha, *theta.values())
-    )
+    return getattr(model, "stackable", False) and not is_transformed(alpha, *theta.values())
 
 
 def meta_only(model: nn.Module) -> set[str]:
@@ -266,46 +271,3 @@ def same_dtype(theta: Theta, *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[
             dtype = torch.promote_types(dtype, x.dtype)
     theta = {name: value.to(dtype) for name, value in theta.items()}
     return theta, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-
-
-def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A rate as a tensor without dimensions; ValueError for anything but one number."""
-    if not isinstance(value, Tensor):  # by way of float64: float32 would cut a Python number short
-        value = torch.tensor(value, dtype=torch.float64)
-    if value.ndim != 0:
-        raise ValueError(
-            f"{name} must be one number, as in the paper; got a tensor of shape "
-            f"{tuple(value.shape)}"
-        )
-    return value.to(like)
-
-
-def check_inner_steps(inner_steps: int) -> None:
-    """Raise TypeError or ValueError unless `inner_steps` is a whole number of at least 1."""
-    if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
-        raise TypeError(f"inner_steps must be a whole number, not {inner_steps!r}")
-    if inner_steps < 1:
-        raise ValueError(f"inner_steps={inner_steps}: at least 1 is needed")
-
-
-def check_module(model: nn.Module) -> None:
-    """Raise unless `model` is a function of its parameters and its input alone.
-
-    TypeError for anything but an `nn.Module`; ValueError for running statistics (they would tie
-    the tasks of a meta-batch together and leak from training to evaluation) and for dropout
-    (its random numbers come from no generator of ours, so a run could not be repeated).
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if getattr(module, "running_mean", None) is not None:
-            raise ValueError(
-                f"{name or 'the model'} is a {kind} with running statistics; build it with "
-                "track_running_stats=False, so that each set is normalised by itself"
-            )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(
-                f"{name or 'the model'} is a {kind} with p={module.p}; its random draws cannot be "
-                "repeated from a seed: take it out, set p=0 or call model.eval()"
-            )

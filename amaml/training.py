@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from amaml import records
 from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
+from amaml.arguments import Loss
 from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, split_characters
-from amaml.maml import Loss
 from amaml.model import OmniglotCNN
 from amaml.tasks import TaskSampler
 
