@@ -20,9 +20,9 @@ from amaml import records
 from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
 from amaml.arguments import Loss
 from amaml.config import RunConfig, digest
-from amaml.data import LOADERS, split_characters
+from amaml.data import LOADERS, as_device, split_characters
 from amaml.model import OmniglotCNN
-from amaml.tasks import TaskSampler
+from amaml.tasks import Tasks, TaskSampler
 
 FLUSH_EVERY = 10  # iterations between two looks at the metrics, and so between two device syncs
 
@@ -81,6 +81,13 @@ def train(
         raise TypeError(f"checkpoint_every must be a whole number, not {checkpoint_every!r}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every}: must be at least 1")
+    if not isinstance(out, str | Path):
+        raise TypeError(f"out={out!r}: must be the path of a folder")
+    if not isinstance(root, str | Path | None):
+        raise TypeError(f"root={root!r}: must be the path of a folder, or None")
+    if not isinstance(progress, bool):
+        raise TypeError(f"progress={progress!r}: must be True or False")
+    device = as_device(device)
     check_own(model, sampler, validation_sampler, loss)
     own = {"model": model, "sampler": sampler, "validation_sampler": validation_sampler}
     own = {name: digest(part) for name, part in own.items() if part is not None}
@@ -109,6 +116,8 @@ def train(
     validation = validation_sampler.sample(
         config.validation_tasks, stream(config.seed, "validation tasks", device)
     )
+    if not isinstance(validation, Tasks):
+        raise TypeError(f"sampler must give amaml.Tasks, not {type(validation).__name__}")
     state = init_state(
         model, alpha=config.alpha, beta=config.beta, meta_optimizer=config.meta_optimizer
     )
