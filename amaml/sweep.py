@@ -42,9 +42,24 @@ def run_all(
     finishes. A run that fails with an error does not stop the others: a RuntimeError at the end
     lists those that failed, with their configs.
     """
+    if isinstance(configs, RunConfig) or not isinstance(configs, Iterable):
+        raise TypeError(f"configs must be a list of amaml.RunConfig, not {configs!r}")
+    configs = list(configs)
+    for config in configs:
+        if not isinstance(config, RunConfig):
+            raise TypeError(f"configs must be amaml.RunConfig, one is {type(config).__name__}")
     configs = list(dict.fromkeys(configs))
     if not configs:
         raise ValueError("configs is empty: give at least one RunConfig")
+    for name, folder in (("out", out), ("root", root)):
+        if not isinstance(folder, str | Path) and not (name == "root" and folder is None):
+            raise TypeError(f"{name}={folder!r}: must be the path of a folder")
+    if client is not None and not callable(getattr(client, "submit", None)):
+        raise TypeError(
+            f"client={client!r}: must be a dask.distributed.Client, such as Client(address)"
+        )
+    if on_finish is not None and not callable(on_finish):
+        raise TypeError(f"on_finish={on_finish!r}: must be a function of a Run")
     runs, failed = {}, {}
     with workers(client, len(configs)) as client:
         from distributed import as_completed
