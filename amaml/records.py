@@ -342,42 +342,46 @@ def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:
     return summary.assign(**means, alpha=last["alpha"].last(), beta=last["beta"].last())
 
 
-def publish_run(
+def publish_runs(
     figure: str,
     profile: str,
-    rows: pd.DataFrame,
-    result: dict,
+    finished: Sequence[tuple[pd.DataFrame, dict]],
     order: Sequence[str],
     folder: str | Path = RECORDS,
 ) -> pd.DataFrame:
-    """Enter one run into a figure's records, in the place of an older record of it.
+    """Enter runs into a figure's records, in the place of older records of the same runs.
 
-    `rows` is the run's part of the table, its id in the column `run`; `result` is its result.json:
-    what made it and the seconds it took. `order` lists the ids of all runs of the figure: the
-    table is sorted by it, and runs that are no longer in it are dropped. Records are read again
-    under a lock first, so that what other processes publish meanwhile is not lost. Returns the
-    figure's table.
+    `finished` holds for each run its part of the table, its id in the column `run`, and its
+    result.json: what made it and the seconds it took. `order` lists the ids of all runs of the
+    figure: the table is sorted by it, and runs that are no longer in it are dropped. Records are
+    read again under a lock first, so that what other processes publish meanwhile is not lost.
+    Returns the figure's table.
     """
-    (run_id,) = rows["run"].unique()
-    places = {other: place for place, other in enumerate(order)}
-    maker = {key: result[key] for key in ("commit", "clean", "versions", "machine", "threads")}
+    places = {run: place for place, run in enumerate(order)}
+    results = {rows["run"].iloc[0]: result for rows, result in finished}
     with lock(folder):
         table, made_by = read_records(figure, profile, folder)
-        others = table[table["run"].isin(order) & (table["run"] != run_id)]
-        table = pd.concat([others, rows]) if len(others) else rows
+        kept = table[table["run"].isin(order) & ~table["run"].isin(results)]
+        parts = [part for part in (kept, *(rows for rows, _ in finished)) if len(part)]
+        table = pd.concat(parts, ignore_index=True)
         table = table.sort_values("run", key=lambda runs: runs.map(places), kind="stable")
-        kept = set(others["run"])
         for batch in made_by:
-            batch["runs"] = {run: took for run, took in batch["runs"].items() if run in kept}
-        if not any(same_maker(batch, maker) for batch in made_by):
-            made_by.append(maker | {"runs": {}})
-        next(b for b in made_by if same_maker(b, maker))["runs"][run_id] = result["seconds"]
-        write_records(figure, profile, table, [batch for batch in made_by if batch["runs"]], folder)
+            batch["runs"] = {run: s for run, s in batch["runs"].items() if run in set(kept["run"])}
+        for run, result in results.items():
+            enter(made_by, run, result)
+        made_by = [batch for batch in made_by if batch["runs"]]
+        write_records(figure, profile, table, made_by, folder)
     return table.reset_index(drop=True)
 
 
-def same_maker(batch: dict, maker: dict) -> bool:
-    return all(batch.get(key) == value for key, value in maker.items())
+def enter(made_by: list[dict], run: str, result: dict) -> None:
+    """Enter a run and the seconds it took into the header, under what made it."""
+    maker = {key: result[key] for key in ("commit", "clean", "versions", "machine", "threads")}
+    for batch in made_by:
+        if all(batch.get(key) == value for key, value in maker.items()):
+            batch["runs"][run] = result["seconds"]
+            return
+    made_by.append(maker | {"runs": {run: result["seconds"]}})
 
 
 def write_records(
@@ -386,7 +390,7 @@ def write_records(
     """Publish a figure's table (a row a logged iteration) and its header; returns the table's path.
 
     `made_by` lists what made which runs (see `provenance`), with the seconds that each took. For
-    one process at a time: see `publish_run`. Of the two files one is replaced before the other;
+    one process at a time: see `publish_runs`. Of the two files one is replaced before the other;
     in between the header describes both tables, so that a kill loses neither.
     """
     path = Path(folder) / f"{figure}-{profile}.csv.gz"

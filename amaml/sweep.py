@@ -151,22 +151,22 @@ def figure_records(
     """
     labelled = experiments.runs_of(figure, profile)
     labels = {config.id: label for label, config in labelled}
-    order = {run_id: place for place, run_id in enumerate(labels)}
-    table, made_by = records.read_records(figure, profile, folder)
-    table = table[table["run"].isin(order)]
+    table, _ = records.read_records(figure, profile, folder)
+    table = table[table["run"].isin(labels)]
     finished = set(table["run"])
 
     waiting, written = [], time.monotonic()
 
     def publish() -> None:
         nonlocal table, written
-        for run in waiting:
-            rows = records.thin(tabulate(run, labels[run.id]), experiments.points(figure))
-            others = table[table["run"] != run.id]
-            table = pd.concat([others, rows]) if len(others) else rows
-            enter(made_by, run.id, records.read_json(Path(out) / run.id / "result.json"))
-        table = table.sort_values("run", key=lambda r: r.map(order), kind="stable")
-        records.write_records(figure, profile, table, made_by, folder)
+        finished = [
+            (
+                records.thin(tabulate(run, labels[run.id]), experiments.points(figure)),
+                records.read_json(Path(out) / run.id / "result.json"),
+            )
+            for run in waiting
+        ]
+        table = records.publish_runs(figure, profile, finished, list(labels), folder)
         waiting.clear()
         written = time.monotonic()
 
@@ -183,18 +183,6 @@ def figure_records(
             if waiting:
                 publish()
     return table.reset_index(drop=True)
-
-
-def enter(made_by: list[dict], run_id: str, result: dict) -> None:
-    """Enter a run and the seconds it took into the header, under what made it."""
-    maker = {key: result[key] for key in ("commit", "clean", "versions", "machine", "threads")}
-    for batch in made_by:
-        batch["runs"].pop(run_id, None)
-    for batch in made_by:
-        if all(batch[key] == value for key, value in maker.items()):
-            batch["runs"][run_id] = result["seconds"]
-            return
-    made_by.append(maker | {"runs": {run_id: result["seconds"]}})
 
 
 def main(arguments: list[str] | None = None) -> None:

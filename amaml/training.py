@@ -121,64 +121,75 @@ def train(
     state = init_state(
         model, alpha=config.alpha, beta=config.beta, meta_optimizer=config.meta_optimizer
     )
-    iteration, seconds, maker = 0, 0.0, records.provenance(device)
-    open_folder(folder, identity)
-    if (folder / "checkpoint.safetensors").exists():
-        saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
-        tasks_generator.set_state(saved.pop("generator"))
-        state = restore_state(saved, device)
-    records.truncate_metrics(folder / "metrics.csv")
+    with records.lock(folder):
+        if (folder / "result.json").exists():  # another process has just made it
+            check_identity(folder, identity)
+            return read_run(folder, config, device)
+        iteration, seconds, maker = 0, 0.0, records.provenance(device)
+        open_folder(folder, identity)
+        if (folder / "checkpoint.safetensors").exists():
+            saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
+            tasks_generator.set_state(saved.pop("generator"))
+            state = restore_state(saved, device)
+        records.truncate_metrics(folder / "metrics.csv")
 
-    rates = {"hyper_alpha": config.hyper_alpha, "hyper_beta": config.hyper_beta}
-    inner = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
-    status, started = "running", time.perf_counter() - seconds
-    bar = tqdm(
-        total=config.iterations,
-        initial=iteration,
-        desc=run_id,
-        file=sys.stdout,
-        mininterval=1.0,
-        disable=not progress,
-    )
-    with bar:
-        while status == "running":
-            intervals = (FLUSH_EVERY, config.validation_every, checkpoint_every, config.iterations)
-            stop = min((iteration // interval + 1) * interval for interval in intervals)
-            pending = []
-            for _ in range(iteration, stop):  # nothing in here waits for the device
-                tasks = train_sampler.sample(config.meta_batch_size, tasks_generator)
-                state, metrics = meta_step(model, state, tasks, **rates, **inner)
-                pending.append(metrics)
-            iteration, last = stop, stop == config.iterations
-
-            rows, finite = to_rows(pending, iteration)
-            validation_loss = math.inf
-            if finite and (last or iteration % config.validation_every == 0):
-                measured = evaluate(
-                    model, state, validation, inner_steps=config.inner_steps, loss=loss
+        rates = {"hyper_alpha": config.hyper_alpha, "hyper_beta": config.hyper_beta}
+        inner = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
+        status, started = "running", time.perf_counter() - seconds
+        bar = tqdm(
+            total=config.iterations,
+            initial=iteration,
+            desc=run_id,
+            file=sys.stdout,
+            mininterval=1.0,
+            disable=not progress,
+        )
+        with bar:
+            while status == "running":
+                intervals = (
+                    FLUSH_EVERY,
+                    config.validation_every,
+                    checkpoint_every,
+                    config.iterations,
                 )
-                validation_loss = measured["query_loss"]
-                finite = math.isfinite(validation_loss)
-                for name in ("loss", "accuracy"):
-                    if f"query_{name}" in measured:
-                        rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
-            records.append_metrics(folder / "metrics.csv", rows)
-            show(bar, len(pending), rows.iloc[-1])
+                stop = min((iteration // interval + 1) * interval for interval in intervals)
+                pending = []
+                for _ in range(iteration, stop):  # nothing in here waits for the device
+                    tasks = train_sampler.sample(config.meta_batch_size, tasks_generator)
+                    state, metrics = meta_step(model, state, tasks, **rates, **inner)
+                    pending.append(metrics)
+                iteration, last = stop, stop == config.iterations
 
-            if not finite:
-                status, iteration = "diverged", int(rows["iteration"].iloc[-1])
-            elif config.threshold is not None and validation_loss <= config.threshold:
-                status = "reached"
-            elif last:
-                status = "done"
-            if status != "running" or iteration % checkpoint_every == 0:
-                seconds = time.perf_counter() - started
-                tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
-                records.save_checkpoint(
-                    folder / "checkpoint.safetensors", tensors, iteration, seconds
-                )
-    result = {"status": status, "iteration": iteration, "seconds": round(seconds, 1)}
-    records.write_json(folder / "result.json", result | maker)
+                rows, finite = to_rows(pending, iteration)
+                validation_loss = math.inf
+                if finite and (last or iteration % config.validation_every == 0):
+                    measured = evaluate(
+                        model, state, validation, inner_steps=config.inner_steps, loss=loss
+                    )
+                    validation_loss = measured["query_loss"]
+                    finite = math.isfinite(validation_loss)
+                    for name in ("loss", "accuracy"):
+                        if f"query_{name}" in measured:
+                            rows.loc[rows.index[-1], f"validation_{name}"] = measured[
+                                f"query_{name}"
+                            ]
+                records.append_metrics(folder / "metrics.csv", rows)
+                show(bar, len(pending), rows.iloc[-1])
+
+                if not finite:
+                    status, iteration = "diverged", int(rows["iteration"].iloc[-1])
+                elif config.threshold is not None and validation_loss <= config.threshold:
+                    status = "reached"
+                elif last:
+                    status = "done"
+                if status != "running" or iteration % checkpoint_every == 0:
+                    seconds = time.perf_counter() - started
+                    tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
+                    records.save_checkpoint(
+                        folder / "checkpoint.safetensors", tensors, iteration, seconds
+                    )
+        result = {"status": status, "iteration": iteration, "seconds": round(seconds, 1)}
+        records.write_json(folder / "result.json", result | maker)
     return read_run(folder, config, device)
 
 
@@ -217,18 +228,11 @@ def restore_state(saved: dict, device="cpu") -> MetaState:
 
 
 def open_folder(folder: Path, identity: dict) -> None:
-    """Make a run's folder and say in it what run it is, or check that it is the same one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "config.json").exists():
-            check_identity(folder, identity)
+    """Say in a run's folder what run it is, or check that it is the same one."""
+    if (folder / "config.json").exists():
+        check_identity(folder, identity)
+    else:
         records.write_json(folder / "config.json", identity)
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"the run cannot be written ({error.strerror}); give another out",
-            str(folder),
-        ) from error
 
 
 def check_identity(folder: Path, identity: dict) -> None:
