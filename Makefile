@@ -22,7 +22,7 @@ ifeq ($(filter quick medium,$(PROFILE)),)
 $(error PROFILE=$(PROFILE) is unknown: give quick or medium)
 endif
 
-.PHONY: figures test lab book notebooks clean help
+.PHONY: figures test fuzz lab book notebooks clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -57,6 +57,10 @@ test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, th
 	$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-kernel-startup-timeout=120 \
 		-p no:cacheprovider book
 	$(BIN)/python -m pytest -q tests/test_pairs.py
+
+fuzz: $(VENV)/installed  ## random damage to all files for SECONDS=600, from SEED=0
+	OMP_NUM_THREADS=1 AMAML_FUZZ_SECONDS=$(or $(SECONDS),600) AMAML_FUZZ_SEED=$(or $(SEED),0) \
+		$(BIN)/python -m pytest -q tests/test_fuzz.py
 
 lab: $(VENV)/installed  ## open the book in JupyterLab
 	$(BIN)/jupyter lab book --port 8877
