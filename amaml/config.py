@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from amaml.data import LOADERS
 from amaml.maml import meta_only
 
 LARGEST = torch.finfo(torch.float32).max  # a larger rate would be infinite in the network's dtype
+LIBRARIES = {"amaml", "builtins", "collections", "functools", "numpy", "pandas", "pathlib", "torch"}
 NUMERICS = 1  # raised whenever a change alters results: older runs are then not taken for new ones
 
 
@@ -110,19 +111,30 @@ class RunConfig:
 def digest(content) -> str:
     """A hash of nested data, tensors, modules, functions and objects, by what they hold.
 
-    A function counts by its code, its defaults and what it closes over; an object by its class
-    and its attributes.
+    A function counts by its code, its defaults, what it closes over and the plain globals it names;
+    an object by its class, with the methods of one's own classes, and by what it would be copied
+    from. Raises TypeError for what cannot be copied, since runs with it could not be told apart.
     """
-    return hashlib.sha256(json.dumps(describe(content), sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        described = json.dumps(describe(content), sort_keys=True)
+    except RecursionError as error:
+        raise TypeError(
+            f"{type(content).__name__} refers to itself, so runs with it cannot be told apart"
+        ) from error
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def describe(content):
     """What `digest` hashes, as data for json."""
     if content is None or isinstance(content, bool | int | float | str):
         return content
+    if isinstance(content, bytes | bytearray):
+        return ["bytes", content.hex()]
     if isinstance(content, Mapping):
-        return {str(key): describe(value) for key, value in content.items()}
-    if isinstance(content, Sequence | set | frozenset):
+        if all(isinstance(key, str) for key in content):
+            return {key: describe(value) for key, value in content.items()}
+        return sorted(([describe(k), describe(v)] for k, v in content.items()), key=repr)
+    if isinstance(content, list | tuple | set | frozenset):
         items = [describe(value) for value in content]
         return sorted(items, key=repr) if isinstance(content, set | frozenset) else items
     if isinstance(content, Tensor):
@@ -131,11 +143,52 @@ def describe(content):
         return [str(content.dtype), list(content.shape), content.requires_grad, hashed]
     if isinstance(content, nn.Module):
         values = dict(content.named_parameters()) | dict(content.named_buffers())
-        return [repr(content), describe(values), sorted(meta_only(content))]
+        parts = [[name, describe_class(type(m)), public(m)] for name, m in content.named_modules()]
+        return [repr(content), describe(values), parts, sorted(meta_only(content))]
     if isinstance(content, FunctionType):
         closure = [cell.cell_contents for cell in content.__closure__ or ()]
-        code = content.__code__
-        constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
-        parts = [code.co_code.hex(), list(code.co_names), content.__defaults__, constants, closure]
-        return [content.__qualname__, describe(parts)]
-    return [type(content).__qualname__, describe(getattr(content, "__dict__", {}))]
+        plain = {
+            name: content.__globals__[name]
+            for name in content.__code__.co_names
+            if isinstance(content.__globals__.get(name), bool | int | float | str)
+        }
+        parts = [content.__defaults__, content.__kwdefaults__, closure, plain]
+        return [content.__qualname__, describe_code(content.__code__), describe(parts)]
+    if isinstance(content, MethodType):
+        return [describe(content.__func__), describe(content.__self__)]
+    if isinstance(content, ModuleType):
+        return content.__name__
+    if isinstance(content, type | BuiltinFunctionType):
+        return [str(content.__module__), content.__qualname__]
+    try:
+        copied_from = content.__reduce_ex__(4)
+    except TypeError as error:
+        raise TypeError(
+            f"runs with a {type(content).__name__} cannot be told apart ({error}); leave it out of "
+            "what is given to train, or give it a __reduce__ that says what it holds"
+        ) from error
+    parts = (
+        copied_from
+        if isinstance(copied_from, str)
+        else [list(part) if isinstance(part, Iterator) else part for part in copied_from]
+    )
+    return [describe_class(type(content)), describe(parts)]
+
+
+def describe_code(code: CodeType) -> list:
+    constants = [
+        describe_code(c) if isinstance(c, CodeType) else describe(c) for c in code.co_consts
+    ]
+    return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def describe_class(kind: type) -> list:
+    """A class by its name; those of one's own by their methods too, since they are edited."""
+    own = [c for c in kind.__mro__ if c.__module__.partition(".")[0] not in LIBRARIES]
+    methods = [value for c in own for value in vars(c).values() if isinstance(value, FunctionType)]
+    return [kind.__qualname__, describe(methods)]
+
+
+def public(module: nn.Module) -> list:
+    """A module's own settings, such as a scale that no parameter holds."""
+    return describe({name: value for name, value in vars(module).items() if name[0] != "_"})
