@@ -1,0 +1,187 @@
+"""What an iteration costs and where the time goes; memory; many runs as one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+import amaml
+from amaml.experiments import PROFILES
+from benchmarks import peers
+from benchmarks.measures import ALPHA, AMAML, BETA, RATES, Bench, Rows, amaml_step, right_peers
+
+RECOMPUTED = "amaml, recompute"
+STANDARD = {"n_way": 5, "inner_steps": 1, "meta_batch_size": 32}
+
+
+def alpha(bench: Bench) -> Rows:
+    """Alpha MAML beside a MAML step without alpha's gradient, kept gradient and rate updates."""
+    model, tasks = bench.model(), sample_of_32(bench)
+    theta = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    def task_loss(theta, support_x, support_y, query_x, query_y):
+        theta_prime = amaml.adapt(model, theta, ALPHA, support_x, support_y)
+        return F.cross_entropy(functional_call(model, theta_prime, (query_x,)), query_y)
+
+    per_task = vmap(grad(task_loss), in_dims=(None, 0, 0, 0, 0))
+
+    def maml() -> None:
+        nonlocal theta
+        gradient = per_task(theta, *vars(tasks).values())
+        theta = {name: value - BETA * gradient[name].mean(0) for name, value in theta.items()}
+
+    step = amaml_step(model, inner_steps=1)
+    return bench.interleave({"MAML": maml, "Alpha MAML": lambda: step(tasks)}, 40, STANDARD)
+
+
+def sample_of_32(bench: Bench) -> amaml.Tasks:
+    return amaml.TaskSampler(bench.characters, n_way=5).sample(32, bench.generator())
+
+
+def parts(bench: Bench) -> Rows:
+    """Where the time of an iteration goes: sampling, updates, and the meta-gradient by operations.
+
+    The operations' times are those of torch's profiler; what is left of the meta-gradient lies
+    between them (Python, torch.func, the start of kernels).
+    """
+    sampler, generator = amaml.TaskSampler(bench.characters, n_way=5), bench.generator()
+    model, tasks = bench.model(), sample_of_32(bench)
+    state = amaml.init_state(model, ALPHA, BETA)
+    calls = {
+        "sampling": lambda: sampler.sample(32, generator),
+        "meta-gradient": lambda: amaml.meta_gradient(model, state.theta, state.alpha, tasks),
+        "step": lambda: amaml.meta_step(model, state, tasks, **RATES),
+    }
+    rows = bench.interleave(calls, 20)
+    medians = {
+        name: statistics.median(row["value"] for row in rows if row["contestant"] == name)
+        for name in calls
+    }
+    times = profiled(bench, calls["meta-gradient"])
+    scale = min(1.0, medians["meta-gradient"] / sum(times.values()))  # profiling takes time too
+    times = {part: scale * value for part, value in times.items()}
+    times["between operations"] = medians["meta-gradient"] - sum(times.values())
+    times |= {"sampling": medians["sampling"]}
+    times |= {"updates": max(0.0, medians["step"] - medians["meta-gradient"])}
+    return [{"contestant": part, "round": 1, "value": times[part], "unit": "s"} for part in times]
+
+
+def profiled(bench: Bench, step: Callable, calls: int = 5) -> dict[str, float]:
+    """Seconds a call in each part's operations, by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    step()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(calls):
+            step()
+        bench.synchronise()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        own = event.self_cpu_time_total if bench.device == "cpu" else event.self_device_time_total
+        part = part_of(event.key)
+        times[part] = times.get(part, 0.0) + own / 1e6 / calls
+    return times
+
+
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::dot")
+CONVOLUTIONS = ("conv", "mkldnn")
+COPIES = ("copy", "clone", "constant_pad", "zero", "fill", "cat", "im2col", "col2im")
+VIEWS_AND_RESULTS = (
+    "empty",
+    "view",
+    "reshape",
+    "stride",
+    "expand",
+    "transpose",
+    "detach",
+    "resize",
+)
+
+
+def part_of(operation: str) -> str:
+    """The part of a meta-gradient that one of torch's operations belongs to."""
+    if operation in PRODUCTS or any(word in operation for word in CONVOLUTIONS):
+        return "matrix products"
+    if any(word in operation for word in COPIES):
+        return "patches and copies"
+    if not operation.startswith("aten::") or any(word in operation for word in VIEWS_AND_RESULTS):
+        return "other"
+    return "normalisation and other passes"
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+def memory(bench: Bench) -> Rows:
+    """Highest sum of the tensors held during an iteration, from 1 to 20 inner steps.
+
+    Counted by torch: by its profiler on the CPU, by its allocator on a GPU. The tasks' sampling is
+    not in it. A loop over the tasks holds one task at a time, a vmap all of them.
+    """
+    model, tasks, rows = bench.model(), sample_of_32(bench), []
+    recompute = "recompute" in inspect.signature(amaml.meta_step).parameters
+    ours = {AMAML: {}} | ({RECOMPUTED: {"recompute": True}} if recompute else {})
+    for name in [*ours, *right_peers(bench, ["vmap(grad)", "learn2learn"])]:
+        for inner_steps in (1, 5, 10, 20):
+            if name in ours:
+                step = amaml_step(model, inner_steps, **ours[name])
+            else:
+                step = peers.peer_step(name, model, ALPHA, BETA, inner_steps)
+            step(tasks[:1])  # what is kept from then on is no part of the peak
+            value = peak_of_tensors(bench, lambda step=step: step(tasks))
+            sizes = STANDARD | {"inner_steps": inner_steps}
+            rows.append({"contestant": name, **sizes, "round": 1, "value": value, "unit": "bytes"})
+    return rows
+
+
+def peak_of_tensors(bench: Bench, step: Callable) -> int:
+    """The highest sum of bytes of the tensors made during a step."""
+    if bench.device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    total = highest = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        total += event["args"]["Bytes"]
+        highest = max(highest, total)
+    return highest
+
+
+# -- many runs ----------------------------------------------------------------------------------
+
+
+def batched_runs(bench: Bench) -> Rows:
+    """1 to 64 runs of the quick profile's sizes as one vmap over their states."""
+    quick = PROFILES["quick"]
+    sampler = amaml.TaskSampler(bench.characters, n_way=5)
+    model = bench.model(filters=quick["filters"])
+    one = amaml.init_state(model, ALPHA, BETA)
+    batch, contestants = quick["meta_batch_size"], {}
+
+    def iterate(state, *tasks):
+        return amaml.meta_step(model, state, amaml.Tasks(*tasks), **RATES)[0]
+
+    for n_runs in (1, 2, 4, 8, 16, 32, 64):
+        states = tree_map(lambda value, n=n_runs: torch.stack([value] * n), one)
+        tasks = sampler.sample(n_runs * batch, bench.generator())
+        tasks = [value.unflatten(0, (n_runs, batch)) for value in vars(tasks).values()]
+        columns = {"n_runs": n_runs, "n_way": 5, "inner_steps": 1, "meta_batch_size": batch}
+        contestants[AMAML, tuple(columns.items())] = lambda s=states, t=tasks: vmap(iterate)(s, *t)
+    return bench.interleave(contestants, 5)
