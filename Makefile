@@ -9,11 +9,12 @@ RETRAINED := $(if $(filter-out 0 no false False,$(RETRAIN)),True,False)
 
 # The teaching chapters need images, so beyond the embedded ones they need DATA. The figure chapters
 # need images only to train: with records they draw from those, in seconds. The chapter on one's own
-# tasks makes them itself.
+# tasks makes them itself, the one on performance draws from its record alone.
 TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
 FIGURES := 05_figure_1 06_figures_2_3 07_appendix_figures
 OWN := 09_your_own
-EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES) $(OWN)
+RECORDED := 10_performance
+EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES) $(OWN) $(RECORDED)
 ifdef DATA
 export AMAML_DATA := $(abspath $(patsubst ~/%,$(HOME)/%,$(DATA)))
 endif
@@ -22,7 +23,7 @@ ifeq ($(filter quick medium,$(PROFILE)),)
 $(error PROFILE=$(PROFILE) is unknown: give quick or medium)
 endif
 
-.PHONY: figures test fuzz lab book notebooks clean help
+.PHONY: figures test fuzz bench lab book notebooks clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -62,6 +63,9 @@ fuzz: $(VENV)/installed  ## random damage to all files for SECONDS=600, from SEE
 	OMP_NUM_THREADS=1 AMAML_FUZZ_SECONDS=$(or $(SECONDS),600) AMAML_FUZZ_SEED=$(or $(SEED),0) \
 		$(BIN)/python -m pytest -q tests/test_fuzz.py
 
+bench: $(VENV)/installed  ## measure speed and memory, about eight minutes on two idle cores
+	$(BIN)/python -m benchmarks.bench
+
 lab: $(VENV)/installed  ## open the book in JupyterLab
 	$(BIN)/jupyter lab book --port 8877
 
@@ -72,7 +76,7 @@ book: $(VENV)/installed  ## build the pages from the committed notebooks
 	@echo "pages: build/_build/html/index.html"
 
 notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb
-	@set -e; for chapter in $(TEACHING) $(FIGURES) $(OWN); do \
+	@set -e; for chapter in $(TEACHING) $(FIGURES) $(OWN) $(RECORDED); do \
 		$(BIN)/jupytext --to ipynb --execute book/$$chapter.md; \
 	done
 

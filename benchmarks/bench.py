@@ -67,7 +67,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             low, median, high = (scale * rounds[contestant]).quantile([0.25, 0.5, 0.75])
             row = {"measure": keys[0], "contestant": contestant, **sizes_shown, "unit": unit}
             row |= {"median": median, "quartiles": f"{low:.4g} to {high:.4g}"}
-            if reference is not None and contestant != PRODUCT:
+            if reference is not None and contestant != PRODUCT and len(rounds.columns) > 1:
                 low, median, high = (rounds[contestant] / reference).quantile([0.25, 0.5, 0.75])
                 row |= {"ratio": median, "its quartiles": f"{low:.3f} to {high:.3f}"}
             if PRODUCT in rounds:
@@ -114,8 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="float32", choices=["float32", "TF32"])
     parser.add_argument("--out", type=Path, help="folder of the record (default: figures/records)")
     given = parser.parse_args(arguments)
-    if given.rounds is not None and given.rounds < 1:
-        parser.error(f"--rounds {given.rounds}: at least 1 is needed")
+    for name in ("rounds", "threads"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: at least 1 is needed")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU; leave the option out")
     if given.precision == "TF32" and given.device == "cpu":

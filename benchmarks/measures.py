@@ -129,10 +129,15 @@ def is_right(errors: dict[str, float]) -> bool:
 
 
 def gradient_error(
-    bench: Bench, name: str, which: int | slice, dtype: torch.dtype, inner_steps: int = 2
+    bench: Bench,
+    name: str,
+    which: int | slice,
+    dtype: torch.dtype,
+    inner_steps: int = 2,
+    filters: int = 64,
 ) -> float:
     """Relative difference of a peer's meta-gradient from ours, over some of 8 tasks."""
-    model = bench.model().to(dtype)
+    model = bench.model(filters=filters).to(dtype)
     tasks = amaml.TaskSampler(bench.characters, n_way=5).sample(8, bench.generator())
     tasks, theta = tasks[which].to(dtype=dtype), dict(model.named_parameters())
     ours, _, _ = amaml.meta_gradient(model, theta, ALPHA, tasks, inner_steps=inner_steps)

@@ -158,7 +158,7 @@ def by_learn2learn(network: nn.Module, alpha: float, inner_steps: int) -> Gradie
         if "offset" in module._parameters:
             module.register_buffer("offset", module._parameters.pop("offset"))
     maml = learn2learn_maml()(network, lr=alpha)
-    theta = dict(network.named_parameters()) | dict(network.named_buffers())
+    theta = theta_of(network)
 
     def gradient(tasks: amaml.Tasks) -> dict[str, Tensor]:
         for task in zip(*vars(tasks).values(), strict=True):
@@ -244,12 +244,21 @@ def peer(name: str, model: amaml.OmniglotCNN, alpha: float, inner_steps: int):
 def peer_step(name: str, model, alpha: float, beta: float, inner_steps: int) -> Callable:
     """One MAML iteration of a peer as a function of the tasks: meta-gradient and plain SGD."""
     network, gradient = peer(name, model, alpha, inner_steps)
-    theta = dict(network.named_parameters()) | dict(network.named_buffers())
+    return sgd_step(network, gradient, beta)
+
+
+def sgd_step(network: nn.Module, gradient: Gradient, beta: float) -> Callable:
+    theta = theta_of(network)
 
     def step(tasks: amaml.Tasks) -> None:
         slopes = gradient(tasks)
         with torch.no_grad():
-            for key, value in theta.items():
-                value -= beta * slopes[key]
+            for name, value in theta.items():
+                value -= beta * slopes[name]
 
     return step
+
+
+def theta_of(network: nn.Module) -> dict[str, Tensor]:
+    """All that the meta-step learns; learn2learn's offsets are buffers."""
+    return dict(network.named_parameters()) | dict(network.named_buffers())

@@ -38,8 +38,7 @@ def start(bench: Bench) -> Rows:
     def process() -> None:
         fresh("first_iteration", bench.threads, device=bench.device)
 
-    sizes = {"n_way": 5, "inner_steps": 1, "meta_batch_size": 32}
-    return bench.interleave({AMAML: process}, 3, sizes)
+    return bench.interleave({AMAML: process}, 3)
 
 
 def first_iteration(device: str) -> dict:
@@ -55,32 +54,32 @@ def run_all(bench: Bench) -> Rows:
     rows = []
     for number in range(1, bench.rounds_of(2) + 1):
         for name, task in (("run_all", "runs_together"), ("one after another", "runs_in_turn")):
-            value = fresh(task, 1)["seconds"]
+            value = fresh(task, 1, iterations=RUN_ITERATIONS)["seconds"]
             row = {"contestant": name, "n_runs": N_RUNS, "round": number}
             rows.append(row | {"value": value, "unit": "s"})
     return rows
 
 
-def short_runs() -> list[amaml.RunConfig]:
-    quick = PROFILES["quick"] | {"iterations": RUN_ITERATIONS}
+def short_runs(iterations: int) -> list[amaml.RunConfig]:
+    quick = PROFILES["quick"] | {"iterations": iterations}
     return [amaml.RunConfig(**quick, seed=seed) for seed in range(N_RUNS)]
 
 
-def runs_together() -> dict:
+def runs_together(iterations: int) -> dict:
     """Where the system allows it, on two cores alone: `run_all` starts a worker a core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:N_WORKERS])
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        amaml.run_all(short_runs(), out=folder, progress=False)
+        amaml.run_all(short_runs(iterations), out=folder, progress=False)
         return {"seconds": time.perf_counter() - begun}
 
 
-def runs_in_turn() -> dict:
+def runs_in_turn(iterations: int) -> dict:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        for config in short_runs():
+        for config in short_runs(iterations):
             amaml.train(config, out=folder, progress=False)
         return {"seconds": time.perf_counter() - begun}
 
