@@ -66,7 +66,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             unit, scale = UNITS[group["unit"].iloc[0]]
             low, median, high = (scale * rounds[contestant]).quantile([0.25, 0.5, 0.75])
             row = {"measure": keys[0], "contestant": contestant, **sizes_shown, "unit": unit}
-            row |= {"median": median, "quartiles": f"{low:.4g} to {high:.4g}"}
+            row |= {"median": float(f"{median:.4g}"), "quartiles": f"{low:.4g} to {high:.4g}"}
             if reference is not None and contestant != PRODUCT and len(rounds.columns) > 1:
                 low, median, high = (rounds[contestant] / reference).quantile([0.25, 0.5, 0.75])
                 row |= {"ratio": median, "its quartiles": f"{low:.3f} to {high:.3f}"}
@@ -76,7 +76,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 row["GFLOP/s"] = rate[contestant].median()
                 row["share"] = (rate[contestant] / rate[PRODUCT]).median()
             rows.append(row)
-    shown = pd.DataFrame(rows).round({"median": 3, "ratio": 3, "GFLOP/s": 1, "share": 3})
+    shown = pd.DataFrame(rows).round({"ratio": 3, "GFLOP/s": 1, "share": 3})
     whole = {name: "Int64" for name in sizes}
     return shown.astype(whole).dropna(axis="columns", how="all")
 

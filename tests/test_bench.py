@@ -139,8 +139,8 @@ def test_memory_is_the_highest_sum(setting):
         ("aten::mkldnn_convolution", "matrix products"),
         ("aten::copy_", "patches and copies"),
         ("aten::mean", "normalisation and other passes"),
-        ("aten::empty_strided", "other"),
-        ("PatchesBackward", "other"),
+        ("aten::empty_strided", costs.OTHER),
+        ("PatchesBackward", costs.OTHER),
     ],
 )
 def test_operations_belong_to_parts(operation, part):
@@ -159,6 +159,16 @@ def test_a_part_of_the_benchmark_runs_and_is_recorded(tmp_path, capsys):
     assert {"commit", "versions", "machine", "threads", "precision", "left_out"} <= set(maker)
     printed = capsys.readouterr().out
     assert maker["machine"]["processor"] in printed and "Alpha MAML" in printed
+
+
+def test_the_parts_of_an_iteration_are_all_of_it():
+    rows = costs.parts(Bench(rounds=1))
+    times = {row["contestant"]: row["value"] for row in rows}
+    assert set(times) == {
+        *("matrix products", "patches and copies", "normalisation and other passes"),
+        *(costs.OTHER, "sampling", "updates"),
+    }
+    assert all(value >= 0 for value in times.values()) and times["matrix products"] > 0
 
 
 @pytest.mark.parametrize("options", [["--rounds", "0"], ["--only", "speed"], ["--threads", "0"]])
