@@ -7,6 +7,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,18 +123,19 @@ def part_of(operation: str) -> str:
 
 
 def memory(bench: Bench) -> Rows:
-    """Highest sum of the tensors held during an iteration, from 1 to 20 inner steps.
+    """Highest sum of the tensors made for a meta-gradient, from 1 to 20 inner steps.
 
-    Counted by torch: by its profiler on the CPU, by its allocator on a GPU. The tasks' sampling is
-    not in it. A loop over the tasks holds one task at a time, a vmap all of them.
+    Counted by torch: by its profiler on the CPU, by its allocator on a GPU. A loop over the tasks holds one task at a time, a vmap all of them.
     """
     model, tasks, rows = bench.model(), sample_of_32(bench), []
-    recompute = "recompute" in inspect.signature(amaml.meta_step).parameters
+    theta = amaml.init_state(model, ALPHA, BETA).theta
+    recompute = "recompute" in inspect.signature(amaml.meta_gradient).parameters
     ours = {AMAML: {}} | ({RECOMPUTED: {"recompute": True}} if recompute else {})
     for name in [*ours, *right_peers(bench, ["vmap(grad)", "learn2learn"])]:
         for inner_steps in (1, 5, 10, 20):
             if name in ours:
-                step = amaml_step(model, inner_steps, **ours[name])
+                given = {"inner_steps": inner_steps} | ours[name]
+                step = partial(amaml.meta_gradient, model, theta, ALPHA, **given)
             else:
                 step = peers.peer_step(name, model, ALPHA, BETA, inner_steps)
             step(tasks[:1])  # what is kept from then on is no part of the peak

@@ -98,13 +98,13 @@ def iterations(
     return {name: lambda name=name: iteration(name) for name in steps}
 
 
-def amaml_step(model, inner_steps: int, **options) -> Callable:
+def amaml_step(model, inner_steps: int) -> Callable:
     """One iteration of Alpha MAML as a function of the tasks; it keeps the state."""
     state = amaml.init_state(model, ALPHA, BETA)
 
     def step(tasks: amaml.Tasks) -> None:
         nonlocal state
-        state, _ = amaml.meta_step(model, state, tasks, inner_steps=inner_steps, **RATES, **options)
+        state, _ = amaml.meta_step(model, state, tasks, inner_steps=inner_steps, **RATES)
 
     return step
 
