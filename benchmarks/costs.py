@@ -125,7 +125,8 @@ def part_of(operation: str) -> str:
 def memory(bench: Bench) -> Rows:
     """Highest sum of the tensors made for a meta-gradient, from 1 to 20 inner steps.
 
-    Counted by torch: by its profiler on the CPU, by its allocator on a GPU. A loop over the tasks holds one task at a time, a vmap all of them.
+    Counted by torch: by its profiler on the CPU, by its allocator on a GPU. A loop over
+    the tasks holds one task at a time, a vmap all of them.
     """
     model, tasks, rows = bench.model(), sample_of_32(bench), []
     theta = amaml.init_state(model, ALPHA, BETA).theta
