@@ -61,7 +61,7 @@ SETTINGS = {
 # Their sizes: meta-batch, iterations at most, seeds. The medium ones are made for two cores.
 SIZES = {
     "quick": {
-        "figures_2_3": (8, 50, (0, 1)),
+        "figures_2_3": (8, 70, (0, 1)),
         "appendix_1": (4, 40, (0,)),
         "appendix_2": (4, 40, (0,)),
         "appendix_3": (4, 20, (0,)),
