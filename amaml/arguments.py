@@ -155,3 +155,14 @@ def check_examples(x: Tensor, y: Tensor) -> None:
             f"x has {examples[0]} examples, y has {examples[1]}; they must have the same number, "
             "at least one example"
         )
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a `torch.func` derivative is at work on any of these, beneath whatever `vmap`."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False

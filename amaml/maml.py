@@ -6,11 +6,13 @@ learning rate `alpha`. The tasks of a meta-batch run side by side in one `torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn import functional as F
 
@@ -21,7 +23,7 @@ from amaml.arguments import (
     check_call,
     check_examples,
     checked_loss,
-    is_transformed,
+    is_differentiated,
 )
 from amaml.tasks import Tasks
 
@@ -145,25 +147,82 @@ def by_stacking(model, theta, alpha, batch, inner_steps, first_order, loss):
 
     The same numbers as `by_mapping` in less time: plain autograd works on all tasks at once.
     """
-    support_x, support_y, query_x, query_y = batch
-    theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    alpha = alpha.detach().requires_grad_()
-    theta_prime, support_loss = stacked_inner_loop(
-        model, theta, alpha, support_x, support_y, inner_steps, first_order, loss
+    names, measured = list(theta), ["support_loss", *measures(loss)]
+
+    def work(alpha, *tensors):
+        run_theta = dict(zip(names, tensors, strict=False))
+        run_batch = tensors[len(names) :]
+        return stacked_gradients(model, run_theta, alpha, run_batch, inner_steps, first_order, loss)
+
+    outputs = ForEachRun.apply(work, alpha, *theta.values(), *batch)
+    gradient, d_alpha, metrics = (
+        outputs[: len(names)],
+        outputs[len(names)],
+        outputs[-len(measured) :],
     )
-    prediction = functional_call(model, theta_prime, (query_x,))
-    metrics = vmap(partial(measure, loss=loss))(prediction, query_y)
-    query_loss = metrics["query_loss"].mean()
-    *gradient, d_alpha = torch.autograd.grad(query_loss, [*theta.values(), alpha])  # (3) and (4)
-    metrics = {"support_loss": support_loss, **metrics}
-    metrics = {name: value.detach() for name, value in metrics.items()}
-    return dict(zip(theta, gradient, strict=True)), d_alpha, metrics
+    return (
+        dict(zip(names, gradient, strict=True)),
+        d_alpha,
+        dict(zip(measured, metrics, strict=True)),
+    )
+
+
+class ForEachRun(Function):
+    """A function of tensors that have the runs in front, for one run or under `vmap` for many.
+
+    Plain autograd cannot work under `torch.func` transforms; this hands it the tensors beneath.
+    """
+
+    @staticmethod
+    def forward(work: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(out.squeeze(0) for out in work(*(tensor.unsqueeze(0) for tensor in tensors)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info, in_dims, work, *tensors):
+        runs = [
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip(tensors, in_dims[1:], strict=True)
+        ]
+        outputs = work(*runs)
+        return outputs, (0,) * len(outputs)
+
+
+def stacked_gradients(model, theta, alpha, batch, inner_steps, first_order, loss):
+    """Meta-gradients of runs side by side, everything with the runs in front: theta `(runs, ...)`,
+    alpha `(runs,)`, the batch `(runs, tasks, ...)`. Returns gradients, d_alpha and metrics in turn.
+    """
+    runs, tasks = batch[0].shape[:2]
+    support_x, support_y, query_x, query_y = (x.flatten(0, 1) for x in batch)
+    with torch.enable_grad():
+        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        alpha = alpha.detach().requires_grad_()
+        theta_prime, support_loss = stacked_inner_loop(
+            model,
+            {name: for_each_task(value, tasks) for name, value in theta.items()},
+            for_each_task(alpha, tasks),
+            *(support_x, support_y, inner_steps, first_order, loss),
+        )
+        prediction = functional_call(model, theta_prime, (query_x,))
+        metrics = vmap(partial(measure, loss=loss))(prediction, query_y)
+        # No run's loss depends on another's parameters: the sum has each run's own gradient.
+        query_loss = metrics["query_loss"].view(runs, tasks).mean(1).sum()
+        gradient = torch.autograd.grad(query_loss, [*theta.values(), alpha])  # (3) and (4)
+    metrics = (support_loss, *metrics.values())
+    return *gradient, *(value.detach().view(runs, tasks) for value in metrics)
+
+
+def for_each_task(value: Tensor, tasks: int) -> Tensor:
+    """(runs, ...) -> (runs*tasks, ...)"""
+    return value.unsqueeze(1).expand(-1, tasks, *value.shape[1:]).flatten(0, 1)
 
 
 def stacked_inner_loop(model, theta, alpha, x, y, inner_steps, first_order, loss):
-    """`inner_loop` for all tasks at once: x and y, and what it gives, have the tasks in front."""
+    """`inner_loop` for all tasks at once: all tensors have the tasks in front."""
     fixed = meta_only(model)
-    theta = {name: value.expand(len(x), *value.shape) for name, value in theta.items()}
     adapted = {name: value for name, value in theta.items() if name not in fixed}
     first_loss = None
     for _ in range(inner_steps):
@@ -174,8 +233,8 @@ def stacked_inner_loop(model, theta, alpha, x, y, inner_steps, first_order, loss
             losses.sum(), list(adapted.values()), create_graph=not first_order
         )
         adapted = {
-            name: torch.addcmul(adapted[name], g, -alpha)  # (1)
-            for name, g in zip(adapted, gradient, strict=True)
+            name: torch.addcmul(value, g, -alpha.view(-1, *[1] * (g.ndim - 1)))  # (1)
+            for (name, value), g in zip(adapted.items(), gradient, strict=True)
         }
     return {**theta, **adapted}, first_loss
 
@@ -219,9 +278,13 @@ def query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Te
     support_x, support_y, query_x, query_y = batch
     with_loss = partial(measure, loss=loss)
     if is_stackable(model, alpha, theta):
-        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        stacked = {
+            name: for_each_task(value.detach().unsqueeze(0), len(query_x)).requires_grad_()
+            for name, value in theta.items()
+        }
+        alpha = alpha.detach().expand(len(query_x))
         theta_prime, _ = stacked_inner_loop(
-            model, theta, alpha, support_x, support_y, inner_steps, True, loss
+            model, stacked, alpha, support_x, support_y, inner_steps, True, loss
         )
         with torch.no_grad():
             return vmap(with_loss)(functional_call(model, theta_prime, (query_x,)), query_y)
@@ -235,6 +298,11 @@ def query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Te
     return vmap(one_task)(*batch)
 
 
+def measures(loss: Loss) -> tuple[str, ...]:
+    """What `measure` gives."""
+    return ("query_loss", "query_accuracy") if unwrap(loss) is F.cross_entropy else ("query_loss",)
+
+
 def measure(prediction: Tensor, y: Tensor, loss: Loss) -> dict[str, Tensor]:
     """One task's `query_loss` and, for the cross-entropy, `query_accuracy`."""
     metrics = {"query_loss": loss(prediction, y)}
@@ -245,8 +313,8 @@ def measure(prediction: Tensor, y: Tensor, loss: Loss) -> dict[str, Tensor]:
 
 def is_stackable(model: nn.Module, alpha: Tensor, theta: Theta) -> bool:
     """Whether plain autograd can work on all tasks at once: the model takes stacked parameters, and
-    no `torch.func` transform is at work around this call."""
-    return getattr(model, "stackable", False) and not is_transformed(alpha, *theta.values())
+    nobody differentiates through this call."""
+    return getattr(model, "stackable", False) and not is_differentiated(alpha, *theta.values())
 
 
 def meta_only(model: nn.Module) -> set[str]:

@@ -6,14 +6,19 @@ import hashlib
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from amaml import records
@@ -25,6 +30,8 @@ from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
 
 FLUSH_EVERY = 10  # iterations between two looks at the metrics, and so between two device syncs
+VARIED = ("alpha", "beta", "hyper_alpha", "hyper_beta", "seed")  # by runs that are made together
+WATCHED = ["query_loss", "alpha", "beta", "gradient_norm"]  # a run has diverged if one is infinite
 
 
 @dataclass(frozen=True)
@@ -75,44 +82,102 @@ def train(
     cannot be written.
     """
     config = RunConfig() if config is None else config
-    if not isinstance(config, RunConfig):
-        raise TypeError(f"config must be an amaml.RunConfig, not {type(config).__name__}")
-    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int):
-        raise TypeError(f"checkpoint_every must be a whole number, not {checkpoint_every!r}")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every}: must be at least 1")
-    if not isinstance(out, str | Path):
-        raise TypeError(f"out={out!r}: must be the path of a folder")
-    if not isinstance(root, str | Path | None):
-        raise TypeError(f"root={root!r}: must be the path of a folder, or None")
-    if not isinstance(progress, bool):
-        raise TypeError(f"progress={progress!r}: must be True or False")
-    device = as_device(device)
+    check_arguments([config], out, root, checkpoint_every, progress)
     check_own(model, sampler, validation_sampler, loss)
+    device = as_device(device)
     own = {"model": model, "sampler": sampler, "validation_sampler": validation_sampler}
     own = {name: digest(part) for name, part in own.items() if part is not None}
     own |= {} if loss is F.cross_entropy else {"loss": digest(loss)}
-    run_id = digest({"config": config.id, "own": own}) if own else config.id
-    folder, identity = Path(out) / run_id, {"config": asdict(config), "own": own}
+    folder = Path(out) / (digest({"config": config.id, "own": own}) if own else config.id)
+    identity = {"config": asdict(config), "own": own}
     if (folder / "result.json").exists():
         check_identity(folder, identity)
         return read_run(folder, config, device)
 
-    if sampler is None:
-        split = split_characters(load(config.data, root).to(device))
-        train_sampler, other_sampler = (
-            TaskSampler(part, config.n_way, config.k_shot, config.k_query, config.rotate)
-            for part in (split.train, split.validation)
+    samplers = (sampler, sampler) if sampler else samplers_of(config, root, device)
+    train_sampler, validation_sampler = samplers[0], validation_sampler or samplers[1]
+    model = deepcopy(model).to(device) if model else network_of(config).to(device)
+    with records.lock(folder):
+        if not (folder / "result.json").exists():  # or another process has just made it
+            run = begin(config, folder, identity, model, validation_sampler, device)
+            bar = tqdm(
+                total=config.iterations,
+                initial=run.iteration,
+                desc=folder.name,
+                file=sys.stdout,
+                mininterval=1.0,
+                disable=not progress,
+            )
+            with bar:
+                while run.status == "running":
+                    rows = advance([run], model, train_sampler, loss, checkpoint_every)[0]
+                    show(bar, len(rows), rows.iloc[-1])
+    return read_run(folder, config, device)
+
+
+def train_together(
+    configs: Sequence[RunConfig],
+    out: str | Path = "runs",
+    *,
+    root: str | Path | None = None,
+    device: str = "cpu",
+    checkpoint_every: int = 50,
+) -> list[Run]:
+    """Make runs that differ in their rates, hyper rates and seeds alone, as one batched program.
+
+    Each gives the numbers that `train` gives it alone, but for rounding, has a folder of its own in
+    `out`, and resumes there, alone or together. Many small runs so take far less time than one
+    after another. Raises ValueError for configs that differ in another field.
+    """
+    configs = list(configs)
+    check_arguments(configs, out, root, checkpoint_every)
+    device = as_device(device)
+    if len({shape(config) for config in configs}) != 1 or len(set(configs)) != len(configs):
+        raise ValueError(
+            f"configs of runs that are made together must differ from each other, and in "
+            f"{', '.join(VARIED)} alone"
         )
-    else:
-        train_sampler = other_sampler = sampler
-    validation_sampler = other_sampler if validation_sampler is None else validation_sampler
-    if model is None:
-        model = OmniglotCNN(
-            config.n_way, stream(config.seed, "initialisation"), filters=config.filters
-        )
-    model = model.to(device)
-    tasks_generator = stream(config.seed, "training tasks", device)
+    folders = {config: Path(out) / config.id for config in configs}
+    train_sampler, validation_sampler = samplers_of(configs[0], root, device)
+    with ExitStack() as locks:
+        for folder in sorted(folders.values()):  # in one order everywhere: no two wait in a circle
+            locks.enter_context(records.lock(folder))
+        running = []
+        for config, folder in folders.items():
+            identity = {"config": asdict(config), "own": {}}
+            if (folder / "result.json").exists():
+                check_identity(folder, identity)
+            else:
+                network = network_of(config).to(device)
+                run = begin(config, folder, identity, network, validation_sampler, device)
+                running.append(run)
+        model = network_of(configs[0]).to(device)  # each run has parameters of its own
+        while running:  # those that a kill left behind catch up first
+            least = min(run.iteration for run in running)
+            behind = [run for run in running if run.iteration == least]
+            ahead = [run.iteration for run in running if run.iteration > least]
+            advance(behind, model, train_sampler, F.cross_entropy, checkpoint_every, ahead)
+            running = [run for run in running if run.status == "running"]
+    return [read_run(folder, config, device) for config, folder in folders.items()]
+
+
+@dataclass
+class Underway:
+    """A run that is being made: what it is, and how far it is."""
+
+    config: RunConfig
+    folder: Path
+    validation: Tasks
+    generator: torch.Generator  # of the training tasks
+    state: MetaState
+    iteration: int
+    seconds: float
+    maker: dict
+    status: str = "running"
+
+
+def begin(config, folder, identity, model, validation_sampler, device) -> Underway:
+    """A run at its start, or where its checkpoint left it. Its folder must be locked."""
     validation = validation_sampler.sample(
         config.validation_tasks, stream(config.seed, "validation tasks", device)
     )
@@ -121,76 +186,140 @@ def train(
     state = init_state(
         model, alpha=config.alpha, beta=config.beta, meta_optimizer=config.meta_optimizer
     )
-    with records.lock(folder):
-        if (folder / "result.json").exists():  # another process has just made it
-            check_identity(folder, identity)
-            return read_run(folder, config, device)
-        iteration, seconds, maker = 0, 0.0, records.provenance(device)
-        open_folder(folder, identity)
-        if (folder / "checkpoint.safetensors").exists():
-            saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
-            tasks_generator.set_state(saved.pop("generator"))
-            state = restore_state(saved, device)
-        records.truncate_metrics(folder / "metrics.csv")
+    generator = stream(config.seed, "training tasks", device)
+    iteration, seconds = 0, 0.0
+    open_folder(folder, identity)
+    if (folder / "checkpoint.safetensors").exists():
+        saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
+        generator.set_state(saved.pop("generator"))
+        state = restore_state(saved, device)
+    records.truncate_metrics(folder / "metrics.csv")
+    maker = records.provenance(device)
+    return Underway(config, folder, validation, generator, state, iteration, seconds, maker)
 
-        rates = {"hyper_alpha": config.hyper_alpha, "hyper_beta": config.hyper_beta}
-        inner = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
-        status, started = "running", time.perf_counter() - seconds
-        bar = tqdm(
-            total=config.iterations,
-            initial=iteration,
-            desc=run_id,
-            file=sys.stdout,
-            mininterval=1.0,
-            disable=not progress,
-        )
-        with bar:
-            while status == "running":
-                intervals = (
-                    FLUSH_EVERY,
-                    config.validation_every,
-                    checkpoint_every,
-                    config.iterations,
-                )
-                stop = min((iteration // interval + 1) * interval for interval in intervals)
-                pending = []
-                for _ in range(iteration, stop):  # nothing in here waits for the device
-                    tasks = train_sampler.sample(config.meta_batch_size, tasks_generator)
-                    state, metrics = meta_step(model, state, tasks, **rates, **inner)
-                    pending.append(metrics)
-                iteration, last = stop, stop == config.iterations
 
-                rows, finite = to_rows(pending, iteration)
-                validation_loss = math.inf
-                if finite and (last or iteration % config.validation_every == 0):
-                    measured = evaluate(
-                        model, state, validation, inner_steps=config.inner_steps, loss=loss
-                    )
-                    validation_loss = measured["query_loss"]
-                    finite = math.isfinite(validation_loss)
-                    for name in ("loss", "accuracy"):
-                        if f"query_{name}" in measured:
-                            rows.loc[rows.index[-1], f"validation_{name}"] = measured[
-                                f"query_{name}"
-                            ]
-                records.append_metrics(folder / "metrics.csv", rows)
-                show(bar, len(pending), rows.iloc[-1])
+def advance(
+    runs: list[Underway],
+    model: nn.Module,
+    sampler,
+    loss: Loss,
+    checkpoint_every: int,
+    ahead: Sequence[int] = (),
+) -> list[pd.DataFrame]:
+    """Go on with runs at the same iteration, up to where their numbers are looked at next.
 
-                if not finite:
-                    status, iteration = "diverged", int(rows["iteration"].iloc[-1])
-                elif config.threshold is not None and validation_loss <= config.threshold:
-                    status = "reached"
-                elif last:
-                    status = "done"
-                if status != "running" or iteration % checkpoint_every == 0:
-                    seconds = time.perf_counter() - started
-                    tensors = {**state._asdict(), "generator": tasks_generator.get_state()}
-                    records.save_checkpoint(
-                        folder / "checkpoint.safetensors", tensors, iteration, seconds
-                    )
-        result = {"status": status, "iteration": iteration, "seconds": round(seconds, 1)}
-        records.write_json(folder / "result.json", result | maker)
-    return read_run(folder, config, device)
+    Their metrics, checkpoints and results are written; returns the new rows of each. `ahead` are
+    iterations not to be passed.
+    """
+    started, config, iteration = time.perf_counter(), runs[0].config, runs[0].iteration
+    intervals = (FLUSH_EVERY, config.validation_every, checkpoint_every, config.iterations)
+    stop = min(*((iteration // n + 1) * n for n in intervals), *ahead, config.iterations)
+    last = stop == config.iterations
+    pending = steps(runs, stop - iteration, model, sampler, loss)
+    tables = [to_rows(metrics, stop) for metrics in pending]
+    finite = [bool(np.isfinite(rows[WATCHED].iloc[-1]).all()) for rows in tables]
+    if last or stop % config.validation_every == 0:
+        finite = [
+            still_finite and validate(run, rows, model, loss)
+            for run, rows, still_finite in zip(runs, tables, finite, strict=True)
+        ]
+    seconds = (time.perf_counter() - started) / len(runs)
+    for run, rows, still_finite in zip(runs, tables, finite, strict=True):
+        run.iteration, run.seconds = int(rows["iteration"].iloc[-1]), run.seconds + seconds
+        if not still_finite:
+            run.status = "diverged"
+        elif config.threshold is not None and rows["validation_loss"].min() <= config.threshold:
+            run.status = "reached"
+        elif last:
+            run.status = "done"
+        write(run, rows, stop % checkpoint_every == 0)
+    return tables
+
+
+def steps(runs: list[Underway], iterations: int, model, sampler, loss: Loss) -> list[list[dict]]:
+    """Meta-iterations of runs side by side: their states go on, and each gives its metrics.
+
+    Nothing in here waits for the device.
+    """
+    config, pending = runs[0].config, []
+    fixed = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
+    if len(runs) == 1:
+        (run,) = runs
+        rates = {"hyper_alpha": run.config.hyper_alpha, "hyper_beta": run.config.hyper_beta}
+        for _ in range(iterations):
+            tasks = sampler.sample(config.meta_batch_size, run.generator)
+            run.state, metrics = meta_step(model, run.state, tasks, **rates, **fixed)
+            pending.append(metrics)
+        return [pending]
+
+    def step(state, hyper_alpha, hyper_beta, *batch):
+        rates = {"hyper_alpha": hyper_alpha, "hyper_beta": hyper_beta}
+        return meta_step(model, state, Tasks(*batch), **rates, **fixed)
+
+    # Runs of one seed see the same tasks: these are drawn once, by the first of them.
+    first = {run.config.seed: run for run in reversed(runs)}
+    place = [list(first).index(run.config.seed) for run in runs]
+    state = tree_map(lambda *values: torch.stack(values), *(run.state for run in runs))
+    like = state.alpha
+    hyper_rates = [
+        torch.tensor([getattr(run.config, name) for run in runs], dtype=torch.float64).to(like)
+        for name in ("hyper_alpha", "hyper_beta")
+    ]
+    for _ in range(iterations):
+        drawn = [sampler.sample(config.meta_batch_size, run.generator) for run in first.values()]
+        batch = [
+            torch.stack(x)[place] for x in zip(*(vars(d).values() for d in drawn), strict=True)
+        ]
+        state, metrics = vmap(step)(state, *hyper_rates, *batch)
+        pending.append(metrics)
+    for i, run in enumerate(runs):
+        run.state = tree_map(lambda value, i=i: value[i].clone(), state)
+        run.generator.set_state(first[run.config.seed].generator.get_state())
+    return [
+        [{n: m[i] for n, m in metrics.items()} for metrics in pending] for i in range(len(runs))
+    ]
+
+
+def validate(run: Underway, rows: pd.DataFrame, model: nn.Module, loss: Loss) -> bool:
+    """Enter the validation of a run's state into its last row; returns whether it is finite."""
+    measured = evaluate(
+        model, run.state, run.validation, inner_steps=run.config.inner_steps, loss=loss
+    )
+    for name in ("loss", "accuracy"):
+        if f"query_{name}" in measured:
+            rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
+    return math.isfinite(measured["query_loss"])
+
+
+def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
+    """Append a run's new rows; write its checkpoint where that is due, its result at the end."""
+    records.append_metrics(run.folder / "metrics.csv", rows)
+    if checkpoint_due or run.status != "running":
+        tensors = {**run.state._asdict(), "generator": run.generator.get_state()}
+        path = run.folder / "checkpoint.safetensors"
+        records.save_checkpoint(path, tensors, run.iteration, run.seconds)
+    if run.status != "running":
+        result = {"status": run.status, "iteration": run.iteration}
+        result |= {"seconds": round(run.seconds, 1)} | run.maker
+        records.write_json(run.folder / "result.json", result)
+
+
+def shape(config: RunConfig) -> RunConfig:
+    """What runs that are made together have in common."""
+    default = RunConfig()
+    return replace(config, **{name: getattr(default, name) for name in VARIED})
+
+
+def samplers_of(config: RunConfig, root, device) -> tuple[TaskSampler, TaskSampler]:
+    """The samplers of training and validation tasks that a config names."""
+    split = split_characters(load(config.data, root).to(device))
+    sizes = (config.n_way, config.k_shot, config.k_query, config.rotate)
+    return TaskSampler(split.train, *sizes), TaskSampler(split.validation, *sizes)
+
+
+def network_of(config: RunConfig) -> OmniglotCNN:
+    generator = stream(config.seed, "initialisation")
+    return OmniglotCNN(config.n_way, generator, filters=config.filters)
 
 
 def load(data: str, root=None):
@@ -243,6 +372,23 @@ def check_identity(folder: Path, identity: dict) -> None:
         )
 
 
+def check_arguments(configs, out, root, checkpoint_every, progress=True) -> None:
+    """Raise TypeError or ValueError for what `train` and `train_together` cannot take."""
+    for config in configs:
+        if not isinstance(config, RunConfig):
+            raise TypeError(f"config must be an amaml.RunConfig, not {type(config).__name__}")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int):
+        raise TypeError(f"checkpoint_every must be a whole number, not {checkpoint_every!r}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every}: must be at least 1")
+    if not isinstance(out, str | Path):
+        raise TypeError(f"out={out!r}: must be the path of a folder")
+    if not isinstance(root, str | Path | None):
+        raise TypeError(f"root={root!r}: must be the path of a folder, or None")
+    if not isinstance(progress, bool):
+        raise TypeError(f"progress={progress!r}: must be True or False")
+
+
 def check_own(model, sampler, validation_sampler, loss) -> None:
     """TypeError for parts of one's own that cannot be used."""
     if model is not None and not isinstance(model, nn.Module):
@@ -257,25 +403,20 @@ def check_own(model, sampler, validation_sampler, loss) -> None:
         raise TypeError(f"loss must be a function of (prediction, y), not {loss!r}")
 
 
-def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> tuple[pd.DataFrame, bool]:
-    """Metrics of the iterations up to `iteration` as rows, and whether all of them are finite.
+def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> pd.DataFrame:
+    """Metrics of the iterations up to `iteration` as rows.
 
     Rows after the first that is not finite are dropped: they say nothing.
     """
     names = list(pending[0])
     values = torch.stack([torch.stack([m[name] for name in names]) for m in pending])
-    values = values.double().cpu().numpy()
-    watched = [names.index(n) for n in ("query_loss", "alpha", "beta", "gradient_norm")]
-    bad = ~np.isfinite(values[:, watched]).all(1)
-    kept = int(bad.argmax()) + 1 if bad.any() else len(values)
-    rows = pd.DataFrame(values[:kept], columns=names)
-    rows.insert(
-        0, "iteration", range(iteration - len(values) + 1, iteration - len(values) + 1 + kept)
-    )
+    rows = pd.DataFrame(values.double().cpu().numpy(), columns=names)
+    rows.insert(0, "iteration", range(iteration - len(rows) + 1, iteration + 1))
     rows["validation_loss"] = np.nan
     if "query_accuracy" in names:
         rows["validation_accuracy"] = np.nan
-    return rows, not bad.any()
+    finite = np.isfinite(rows[WATCHED]).all(axis=1)
+    return rows if finite.all() else rows.loc[: int(finite.argmin())]
 
 
 def stream(seed: int, purpose: str, device="cpu") -> torch.Generator:
