@@ -23,6 +23,8 @@ PROFILES = {
     "medium": {"data": "omniglot", "meta_batch_size": 32, "iterations": 1000},
 }
 
+RUNS_PER_BATCH = {"quick": 8, "medium": 1}  # small runs gain from being made together
+
 # Starting rates (alpha, beta), for the mean cross-entropy and the mean over the tasks
 CASES = {"good": (0.4, 0.3), "too small": (0.001, 0.001), "too large": (0.4, 3.0)}
 FAR_TOO_LARGE = (100.0, 0.3)

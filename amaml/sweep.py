@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -19,9 +20,10 @@ from tqdm import tqdm
 
 from amaml import experiments, records
 from amaml.config import RunConfig
-from amaml.training import Run, train
+from amaml.training import Run, shape, train, train_together
 
 PUBLISH_EVERY = 20  # seconds between two publications: each writes the whole table
+PATIENCE = "10s"  # how long a scheduler that is named may take to answer
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
 
 
@@ -29,6 +31,7 @@ def run_all(
     configs: Iterable[RunConfig],
     out: str | Path = "runs",
     client=None,
+    runs_per_batch: int = 1,
     *,
     root: str | Path | None = None,
     progress: bool = True,
@@ -37,48 +40,33 @@ def run_all(
     """Make many runs and return one tidy table: a row an iteration, the config's fields beside.
 
     Finished runs are read and not made again, unfinished ones resume: a sweep that was killed is
-    simply called again. `client` is a `dask.distributed.Client`; None starts workers on this
-    machine, one a core with one torch thread each. `on_finish(run)` is called for each run as it
-    finishes. A run that fails with an error does not stop the others: a RuntimeError at the end
-    lists those that failed, with their configs.
+    simply called again. `client` is a `dask.distributed.Client` or a scheduler's address; None
+    takes the address in the environment variable AMAML_SCHEDULER, or else starts workers on this
+    machine, one a core with one torch thread each. Up to `runs_per_batch` runs that differ in
+    rates and seeds alone are made as one program (see `train_together`), which pays for small
+    ones. `on_finish(run)` is called for each run as it finishes. What fails with an error does not
+    stop the others: a RuntimeError at the end lists it with its configs.
     """
-    if isinstance(configs, RunConfig) or not isinstance(configs, Iterable):
-        raise TypeError(f"configs must be a list of amaml.RunConfig, not {configs!r}")
-    configs = list(configs)
-    for config in configs:
-        if not isinstance(config, RunConfig):
-            raise TypeError(f"configs must be amaml.RunConfig, one is {type(config).__name__}")
-    configs = list(dict.fromkeys(configs))
-    if not configs:
-        raise ValueError("configs is empty: give at least one RunConfig")
-    for name, folder in (("out", out), ("root", root)):
-        if not isinstance(folder, str | Path) and not (name == "root" and folder is None):
-            raise TypeError(f"{name}={folder!r}: must be the path of a folder")
-    if client is not None and not callable(getattr(client, "submit", None)):
-        raise TypeError(
-            f"client={client!r}: must be a dask.distributed.Client, such as Client(address)"
-        )
-    if on_finish is not None and not callable(on_finish):
-        raise TypeError(f"on_finish={on_finish!r}: must be a function of a Run")
-    runs, failed = {}, {}
+    configs = checked_configs(configs, out, root, runs_per_batch, on_finish)
+    runs, failed, out = {}, {}, str(Path(out).absolute())
     with workers(client, len(configs)) as client:
         from distributed import as_completed
 
-        futures = {
-            client.submit(train_alone, config, str(Path(out).absolute()), root, pure=False): config
-            for config in configs
-        }
+        n_workers = max(1, len(client.scheduler_info()["workers"]))
+        batches = batches_of(configs, runs_per_batch, n_workers)
+        futures = {client.submit(train_batch, b, out, root, pure=False): b for b in batches}
         bar = tqdm(total=len(configs), unit="run", file=sys.stdout, disable=not progress)
         with bar:
             for future in as_completed(futures):
-                config = futures[future]
+                batch = futures[future]
                 if future.status == "finished":
-                    runs[config] = future.result()
-                    if on_finish is not None:
-                        on_finish(runs[config])
+                    for run in future.result():
+                        runs[run.config] = run
+                        if on_finish is not None:
+                            on_finish(run)
                 else:
-                    failed[config] = future.exception()
-                bar.update()
+                    failed |= dict.fromkeys(batch, future.exception())
+                bar.update(len(batch))
                 statuses = pd.Series([run.status for run in runs.values()], dtype=str)
                 counts = statuses.value_counts().to_dict()
                 bar.set_postfix(counts | ({"failed": len(failed)} if failed else {}))
@@ -88,22 +76,78 @@ def run_all(
     return pd.concat([tabulate(runs[config]) for config in configs], ignore_index=True)
 
 
-def train_alone(config: RunConfig, out: str, root) -> Run:
-    """One run in a worker process, with one thread: as many runs as cores go at a time."""
+def checked_configs(configs, out, root, runs_per_batch, on_finish) -> list[RunConfig]:
+    """The configs, each once; TypeError or ValueError for what `run_all` cannot take."""
+    if isinstance(configs, RunConfig) or not isinstance(configs, Iterable):
+        raise TypeError(f"configs must be a list of amaml.RunConfig, not {configs!r}")
+    configs = list(configs)
+    for config in configs:
+        if not isinstance(config, RunConfig):
+            raise TypeError(f"configs must be amaml.RunConfig, one is {type(config).__name__}")
+    if not configs:
+        raise ValueError("configs is empty: give at least one RunConfig")
+    for name, folder in (("out", out), ("root", root)):
+        if not isinstance(folder, str | Path) and not (name == "root" and folder is None):
+            raise TypeError(f"{name}={folder!r}: must be the path of a folder")
+    if isinstance(runs_per_batch, bool) or not isinstance(runs_per_batch, int):
+        raise TypeError(f"runs_per_batch must be a whole number, not {runs_per_batch!r}")
+    if runs_per_batch < 1:
+        raise ValueError(f"runs_per_batch={runs_per_batch}: must be at least 1")
+    if on_finish is not None and not callable(on_finish):
+        raise TypeError(f"on_finish={on_finish!r}: must be a function of a Run")
+    return list(dict.fromkeys(configs))
+
+
+def batches_of(
+    configs: list[RunConfig], runs_per_batch: int, n_workers: int
+) -> list[list[RunConfig]]:
+    """Configs of one shape in batches of at most `runs_per_batch`, no worker without one."""
+    alike: dict[RunConfig, list[RunConfig]] = {}
+    for config in configs:
+        alike.setdefault(shape(config), []).append(config)
+    batches = []
+    for group in alike.values():
+        size = min(runs_per_batch, -(-len(group) // n_workers))
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
+
+
+def train_batch(configs: list[RunConfig], out: str, root) -> list[Run]:
+    """Runs in a worker process, with one thread: as many batches as cores go at a time."""
     torch.set_num_threads(1)
-    return train(config, out, root=root, progress=False)
+    if len(configs) == 1:
+        return [train(configs[0], out, root=root, progress=False)]
+    return train_together(configs, out, root=root)
 
 
 @contextmanager
 def workers(client, n_runs: int):
-    """The client that was given, or one of a local cluster that ends with the sweep."""
-    if client is not None:
+    """The client that was given, one of the scheduler that is named, or one of a local cluster
+    that ends with the sweep."""
+    client = client or os.environ.get("AMAML_SCHEDULER")
+    if client is not None and not isinstance(client, str):
+        if not callable(getattr(client, "submit", None)):
+            raise TypeError(
+                f"client={client!r}: must be a dask.distributed.Client, a scheduler's address such "
+                "as 'tcp://10.0.0.1:8786', or None"
+            )
         yield client
         return
     import dask
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
+    if client is not None:
+        try:
+            connected = Client(client, timeout=PATIENCE)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConnectionError(
+                f"no Dask scheduler answers at {client} ({error}); start one with `dask scheduler` "
+                "and workers with `dask worker ADDRESS --nthreads 1`, or leave the address away"
+            ) from error
+        with connected:
+            yield connected
+        return
     # Dask tells malloc to hand freed memory back at once; a training step takes the same memory
     # again, and then spends more than half of its time on page faults.
     keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
@@ -178,7 +222,8 @@ def figure_records(
     missing = [config for _, config in labelled if retrain or config.id not in finished]
     if missing:
         try:
-            run_all(missing, out, client, root=root, progress=progress, on_finish=finish)
+            size = experiments.RUNS_PER_BATCH[profile]
+            run_all(missing, out, client, size, root=root, progress=progress, on_finish=finish)
         finally:
             if waiting:
                 publish()

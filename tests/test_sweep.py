@@ -33,6 +33,44 @@ def test_all_runs_come_back_as_one_table_and_are_not_made_twice(tmp_path):
     assert changed == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
 
 
+def test_batches_hold_runs_of_one_shape_and_leave_no_worker_idle():
+    configs = [amaml.RunConfig(seed=seed) for seed in range(7)]
+    others = [amaml.RunConfig(seed=seed, n_way=20) for seed in range(3)]
+    mixed = [*others[:1], *configs, *others[1:]]
+    sizes = [len(batch) for batch in sweep.batches_of(mixed, 3, 2)]
+    assert sizes == [2, 1, 3, 3, 1]
+    assert [len(batch) for batch in sweep.batches_of(configs, 100, 2)] == [4, 3]
+    assert sweep.batches_of(configs, 1, 2) == [[config] for config in configs]
+    assert sorted(c.seed for b in sweep.batches_of(configs, 3, 2) for c in b) == list(range(7))
+
+
+def test_runs_in_batches_over_a_cluster_that_is_named(tmp_path, monkeypatch):
+    from distributed import Client, LocalCluster
+
+    configs = [amaml.RunConfig(**SMALL, iterations=5, seed=seed) for seed in range(3)]
+    alone = amaml.run_all(configs, tmp_path / "alone", progress=False)
+    with (
+        LocalCluster(1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        table = amaml.run_all(configs, tmp_path / "client", client, 3, progress=False)
+        monkeypatch.setenv("AMAML_SCHEDULER", cluster.scheduler_address)
+        named = amaml.run_all(configs, tmp_path / "named", runs_per_batch=2, progress=False)
+    pd.testing.assert_frame_equal(named, table, rtol=1e-4)
+    columns = ["run", "iteration", "query_loss", "alpha", "beta"]
+    pd.testing.assert_frame_equal(table[columns], alone[columns], rtol=1e-4)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    config = amaml.RunConfig(**SMALL, iterations=3)
+    monkeypatch.setattr(sweep, "PATIENCE", "1s")
+    with pytest.raises(ConnectionError, match=r"(?s)tcp://127.0.0.1:9.*dask worker"):
+        amaml.run_all([config], tmp_path, "tcp://127.0.0.1:9", progress=False)
+    monkeypatch.setenv("AMAML_SCHEDULER", "tcp://127.0.0.1:10")
+    with pytest.raises(ConnectionError, match=r"tcp://127.0.0.1:10"):
+        amaml.run_all([config], tmp_path, progress=False)
+
+
 def test_a_failed_run_is_reported_with_its_config_and_stops_no_other(tmp_path):
     good, bad = (amaml.RunConfig(**(SMALL | {"iterations": 3, "n_way": n})) for n in (3, 999))
     finished = []

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import torch
 import amaml
 from amaml import records
 from amaml.config import digest
-from amaml.training import stream
+from amaml.training import stream, train_together
 
 SMALL = {
     "data": "glyphs",
@@ -188,6 +188,58 @@ def test_ones_own_model_sampler_and_loss(tmp_path):
     assert "query_accuracy" not in first.metrics
     assert first.metrics["alpha"].iloc[-1] > 0.02  # the tasks differ: adapting more helps
     assert first.metrics["validation_loss"].iloc[-1] < first.metrics["query_loss"].iloc[0]
+
+
+TOGETHER = (
+    {"seed": 0},
+    {"seed": 0, "hyper_alpha": 0.0, "hyper_beta": 0.0},
+    {"seed": 1, "alpha": 0.3, "beta": 0.2},
+    {"seed": 1, "beta": 1e30},  # diverges
+)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"meta_optimizer": "adam"}, {"inner_steps": 2, "first_order": True}]
+)
+def test_runs_made_together_are_those_made_alone(tmp_path, fields):
+    configs = [
+        amaml.RunConfig(**(SMALL | {"iterations": 9} | fields | varied)) for varied in TOGETHER
+    ]
+    together = train_together(configs, tmp_path / "together", checkpoint_every=3)
+    for config, run in zip(configs, together, strict=True):
+        alone = amaml.train(config, tmp_path / "alone", progress=False, checkpoint_every=3)
+        assert (run.status, run.iteration, run.config) == (alone.status, alone.iteration, config)
+        first = [r.metrics.head(5).drop(columns="iteration") for r in (run, alone)]
+        pd.testing.assert_frame_equal(*first, rtol=1e-4)
+    assert [run.status for run in together] == ["done", "done", "done", "diverged"]
+
+
+def test_runs_that_a_kill_left_apart_go_on_together(tmp_path):
+    configs = [amaml.RunConfig(**(SMALL | {"iterations": 12} | varied)) for varied in TOGETHER[:3]]
+    undisturbed = train_together(configs, tmp_path / "undisturbed", checkpoint_every=3)
+    for config, stop in zip(configs, (3, 6, 0), strict=True):  # as a kill would leave them
+        if stop:
+            shorter = replace(config, iterations=stop)
+            amaml.train(shorter, tmp_path, progress=False, checkpoint_every=3)
+            (tmp_path / shorter.id / "result.json").unlink()
+            (tmp_path / shorter.id).rename(tmp_path / config.id)
+            identity = {"config": asdict(config), "own": {}}
+            records.write_json(tmp_path / config.id / "config.json", identity)
+    resumed = train_together(configs, tmp_path, checkpoint_every=3)
+    for run, expected in zip(resumed, undisturbed, strict=True):
+        assert run.metrics["iteration"].tolist() == list(range(1, 13))
+        logged = [r.metrics.filter(["query_loss", "alpha", "beta"]) for r in (run, expected)]
+        pd.testing.assert_frame_equal(*logged, rtol=1e-3)
+    again = train_together(configs, tmp_path)
+    assert all(same(a, b) for a, b in zip(resumed, again, strict=True))
+
+
+def test_runs_of_other_shapes_are_not_made_together(tmp_path):
+    configs = [amaml.RunConfig(**SMALL, iterations=3, k_query=k) for k in (1, 2)]
+    with pytest.raises(ValueError, match="alpha, beta, hyper_alpha, hyper_beta, seed alone"):
+        train_together(configs, tmp_path)
+    with pytest.raises(ValueError, match="must differ from each other"):
+        train_together(configs[:1] * 2, tmp_path)
 
 
 def test_metrics_are_detached_and_memory_does_not_grow(tmp_path):
