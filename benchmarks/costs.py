@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
@@ -28,17 +28,26 @@ def alpha(bench: Bench) -> Rows:
     """Alpha MAML beside a MAML step without alpha's gradient, kept gradient and rate updates."""
     model, tasks = bench.model(), sample_of_32(bench)
     theta = {name: value.detach().clone() for name, value in model.named_parameters()}
-
-    def task_loss(theta, support_x, support_y, query_x, query_y):
-        theta_prime = amaml.adapt(model, theta, ALPHA, support_x, support_y)
-        return F.cross_entropy(functional_call(model, theta_prime, (query_x,)), query_y)
-
-    per_task = vmap(grad(task_loss), in_dims=(None, 0, 0, 0, 0))
+    loss_of = vmap(F.cross_entropy)
 
     def maml() -> None:
+        """One iteration of MAML in plain autograd on all tasks at once, as `amaml` works too."""
         nonlocal theta
-        gradient = per_task(theta, *vars(tasks).values())
-        theta = {name: value - BETA * gradient[name].mean(0) for name, value in theta.items()}
+        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        prime = {name: value.expand(len(tasks), *value.shape) for name, value in theta.items()}
+        adapted = [name for name in prime if name not in model.meta_only]
+        losses = loss_of(functional_call(model, prime, (tasks.support_x,)), tasks.support_y)
+        gradient = torch.autograd.grad(
+            losses.sum(), [prime[name] for name in adapted], create_graph=True
+        )
+        for name, g in zip(adapted, gradient, strict=True):
+            prime[name] = torch.add(prime[name], g, alpha=-ALPHA)
+        loss = loss_of(functional_call(model, prime, (tasks.query_x,)), tasks.query_y).mean()
+        gradient = torch.autograd.grad(loss, list(theta.values()))
+        theta = {
+            name: value.detach() - BETA * g
+            for (name, value), g in zip(theta.items(), gradient, strict=True)
+        }
 
     step = amaml_step(model, inner_steps=1)
     return bench.interleave({"MAML": maml, "Alpha MAML": lambda: step(tasks)}, 40, STANDARD)
