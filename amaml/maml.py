@@ -155,16 +155,9 @@ def by_stacking(model, theta, alpha, batch, inner_steps, first_order, loss):
         return stacked_gradients(model, run_theta, alpha, run_batch, inner_steps, first_order, loss)
 
     outputs = ForEachRun.apply(work, alpha, *theta.values(), *batch)
-    gradient, d_alpha, metrics = (
-        outputs[: len(names)],
-        outputs[len(names)],
-        outputs[-len(measured) :],
-    )
-    return (
-        dict(zip(names, gradient, strict=True)),
-        d_alpha,
-        dict(zip(measured, metrics, strict=True)),
-    )
+    *gradient, d_alpha = outputs[: len(names) + 1]
+    metrics = dict(zip(measured, outputs[len(names) + 1 :], strict=True))
+    return dict(zip(names, gradient, strict=True)), d_alpha, metrics
 
 
 class ForEachRun(Function):
