@@ -66,12 +66,13 @@ def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = 
     data = " and ".join(DATA_NAMES[name] for name in table["data"].unique())
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     lines = [f"{data}, profile {profile}, seeds {seeds}"]
+    shown = set(table["run"])
     for batch in read_records(figure, profile, folder)[1]:
+        seconds = [took for run, took in batch["runs"].items() if run in shown]
         commit = str(batch["commit"])[:10] + ("" if batch["clean"] else " and changes")
-        hours = sum(batch["runs"].values()) / 3600
         lines.append(
-            f"{len(batch['runs'])} runs at commit {commit}: torch {batch['versions']['torch']}, "
-            f"{batch['machine']['processor']}, {hours:.1f} h"
+            f"{len(seconds)} runs at commit {commit}: torch {batch['versions']['torch']}, "
+            f"{batch['machine']['processor']}, {sum(seconds) / 3600:.1f} h"
         )
     return "\n".join(lines)
 
