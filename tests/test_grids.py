@@ -187,7 +187,7 @@ def test_the_source_of_a_figure_names_data_seeds_and_commit(table, tmp_path):
     maker = records.provenance() | {
         "commit": "0123456789abcdef",
         "clean": False,
-        "runs": {"a": 7200},
+        "runs": {table["run"].iloc[0]: 7200, "of another figure": 3600},
     }
     records.write_records("figures_2_3", "medium", table, [maker], tmp_path)
     text = plotting.source(table, "figures_2_3", "medium", tmp_path)

@@ -47,7 +47,8 @@ def rows(run: str, value: float = 0.5) -> pd.DataFrame:
 
 def publish(folder: Path, run: str, value: float = 0.5, order=None) -> pd.DataFrame:
     order = order or [f"run{i}" for i in range(100)]
-    return records.publish_run("figure_9", "small", rows(run, value), RESULT, order, folder)
+    finished = [(rows(run, value), RESULT)]
+    return records.publish_runs("figure_9", "small", finished, order, folder)
 
 
 def read(folder: Path):
