@@ -205,7 +205,10 @@ def tab(browser, server):
     wrong = []
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("console", lambda said: said.type == "error" and wrong.append(said.text))
-    tab.on("response", lambda answer: answer.status < 400 or wrong.append(f"{answer.status} {answer.url}"))
+    tab.on(
+        "response",
+        lambda answer: answer.status < 400 or wrong.append(f"{answer.status} {answer.url}"),
+    )
     tab.on("request", lambda asked: asked.url.startswith(server) or wrong.append(asked.url))
     yield tab
     tab.close()
