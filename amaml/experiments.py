@@ -73,7 +73,7 @@ SIZES = {
         "appendix_7": (8, 60, (0,)),
     },
     "medium": {
-        "figures_2_3": (8, 200, (0,)),
+        "figures_2_3": (8, 200, SEEDS),
         "appendix_1": (8, 200, SEEDS),
         "appendix_2": (8, 200, SEEDS),
         "appendix_3": (4, 100, (0,)),

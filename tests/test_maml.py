@@ -10,7 +10,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 import amaml
-from amaml.maml import by_mapping, by_recomputing, by_stacking
+from amaml import backward
+from amaml.backward import by_mapping, by_recomputing, by_stacking
 
 
 def omniglot_forward(theta, x):
@@ -121,6 +122,29 @@ def test_all_ways_to_the_meta_gradient_agree(kind, inner_steps, first_order):
         }
         for name, value in metrics.items():
             assert torch.allclose(value, expected_metrics[name], rtol=1e-9)
+
+
+@pytest.mark.parametrize("examples_at_once", [1, 14, 24, 100])
+def test_the_pieces_of_a_meta_batch_give_the_gradient_of_the_whole(monkeypatch, examples_at_once):
+    model, _forward, theta, tasks = prepared("OmniglotCNN")
+    alphas = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)  # three runs of 2 tasks of 6 images
+    batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+    monkeypatch.setattr(backward, "EXAMPLES_AT_ONCE", examples_at_once)
+
+    def gradients(alpha):
+        return amaml.meta_gradient(model, theta, alpha, tasks, inner_steps=2)
+
+    gradient, d_alpha, metrics = vmap(gradients)(alphas)
+    for i, alpha in enumerate(alphas):
+        expected, expected_alpha, each = by_mapping(
+            model, theta, alpha, batch, 2, False, F.cross_entropy
+        )
+        assert relative_error({n: g[i] for n, g in gradient.items()}, expected) < 1e-9
+        assert relative_error(d_alpha[i], expected_alpha) < 1e-9
+        assert torch.allclose(metrics["query_loss"][i], each["query_loss"].mean(), rtol=1e-9)
+        alone, alpha_alone, _ = gradients(alpha)
+        assert all(torch.equal(alone[name], g[i]) for name, g in gradient.items())
+        assert torch.equal(alpha_alone, d_alpha[i])
 
 
 def test_single_precision_is_near_double_precision():
