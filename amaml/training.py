@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,9 +79,9 @@ def train(
     too); the config's fields about data and network then have no effect. `root` is where Omniglot
     lies (see `load_omniglot`). A checkpoint is written every `checkpoint_every` iterations.
 
-    A run that stops being finite ends with the status "diverged": a result, not an error. Raises
-    ValueError where the folder holds another config, PermissionError or another OSError where it
-    cannot be written.
+    A run that stops being finite ends with the status "diverged": a result, not an error. Ctrl-C
+    and SIGTERM stop a run within 10 iterations, after a last checkpoint. Raises ValueError where
+    the folder holds another config, PermissionError or another OSError where it cannot be written.
     """
     config = RunConfig() if config is None else config
     check_arguments([config], out, root, checkpoint_every, progress)
@@ -108,10 +110,11 @@ def train(
                 mininterval=1.0,
                 disable=not progress,
             )
-            with bar:
-                while run.status == "running":
+            with stop_signals() as stopped, bar:
+                while run.status == "running" and not stopped():
                     rows = advance([run], model, train_sampler, loss, checkpoint_every)[0]
                     show(bar, len(rows), rows.iloc[-1])
+                leave([run])
     return read_run(folder, config, device)
 
 
@@ -122,12 +125,15 @@ def train_together(
     root: str | Path | None = None,
     device: str = "cpu",
     checkpoint_every: int = 50,
+    deadline: float = math.inf,
 ) -> list[Run]:
     """Make runs that differ in their rates, hyper rates and seeds alone, as one batched program.
 
     Each gives the numbers that `train` gives it alone, but for rounding, has a folder of its own in
-    `out`, and resumes there, alone or together. Many small runs so take far less time than one
-    after another. Raises ValueError for configs that differ in another field.
+    `out`, and resumes there, alone or together. Many small runs so take less time than one after
+    another. At the `deadline`, a time of `time.monotonic()`, what is not finished is left with a
+    checkpoint, to be resumed later, and only the finished runs are returned. Raises ValueError for
+    configs that differ in another field.
     """
     configs = list(configs)
     check_arguments(configs, out, root, checkpoint_every)
@@ -152,13 +158,48 @@ def train_together(
                 run = begin(config, folder, identity, network, validation_sampler, device)
                 running.append(run)
         model = network_of(configs[0]).to(device)  # each run has parameters of its own
-        while running:  # those that a kill left behind catch up first
-            least = min(run.iteration for run in running)
-            behind = [run for run in running if run.iteration == least]
-            ahead = [run.iteration for run in running if run.iteration > least]
-            advance(behind, model, train_sampler, F.cross_entropy, checkpoint_every, ahead)
-            running = [run for run in running if run.status == "running"]
-    return [read_run(folder, config, device) for config, folder in folders.items()]
+        with stop_signals() as stopped:
+            while running and not stopped() and time.monotonic() < deadline:
+                least = min(run.iteration for run in running)  # what a kill left behind catches up
+                behind = [run for run in running if run.iteration == least]
+                ahead = [run.iteration for run in running if run.iteration > least]
+                advance(behind, model, train_sampler, F.cross_entropy, checkpoint_every, ahead)
+                running = [run for run in running if run.status == "running"]
+            leave(running)
+    left = {run.config for run in running}
+    return [
+        read_run(folder, config, device) for config, folder in folders.items() if config not in left
+    ]
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C and SIGTERM back until runs are where they can be resumed from.
+
+    Gives a function that says whether one has come; it takes effect at the end of the block, and
+    a second one at once. Only the main thread receives signals: in others nothing is held back.
+    """
+    received = []
+
+    def note(number, frame) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in handlers.items():
+        if handler not in (None, signal.SIG_IGN):
+            signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in handlers.items():
+            if handler not in (None, signal.SIG_IGN):
+                signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 @dataclass
@@ -295,13 +336,24 @@ def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
     """Append a run's new rows; write its checkpoint where that is due, its result at the end."""
     records.append_metrics(run.folder / "metrics.csv", rows)
     if checkpoint_due or run.status != "running":
-        tensors = {**run.state._asdict(), "generator": run.generator.get_state()}
-        path = run.folder / "checkpoint.safetensors"
-        records.save_checkpoint(path, tensors, run.iteration, run.seconds)
+        checkpoint(run)
     if run.status != "running":
         result = {"status": run.status, "iteration": run.iteration}
         result |= {"seconds": round(run.seconds, 1)} | run.maker
         records.write_json(run.folder / "result.json", result)
+
+
+def leave(runs: list[Underway]) -> None:
+    """Write the checkpoints of runs that are not finished, to be resumed from here."""
+    for run in runs:
+        if run.status == "running":
+            checkpoint(run)
+
+
+def checkpoint(run: Underway) -> None:
+    tensors = {**run.state._asdict(), "generator": run.generator.get_state()}
+    path = run.folder / "checkpoint.safetensors"
+    records.save_checkpoint(path, tensors, run.iteration, run.seconds)
 
 
 def shape(config: RunConfig) -> RunConfig:
