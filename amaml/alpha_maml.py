@@ -25,7 +25,6 @@ from amaml.maml import meta_gradient, same_dtype
 from amaml.tasks import Tasks
 
 META_OPTIMIZERS = ("sgd", "adam")
-CHUNK = 32  # tasks that are evaluated at a time: 1,000 at once would not fit into memory
 
 
 class MetaState(NamedTuple):
@@ -137,15 +136,17 @@ def evaluate(
     loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
     theta, (support_x, query_x) = same_dtype(state.theta, tasks.support_x, tasks.query_x)
     batch = (support_x, tasks.support_y, query_x, tasks.query_y)
-    chunks = zip(*(x.split(CHUNK) for x in batch), strict=True)
-    parts = [query_metrics(model, theta, state.alpha, chunk, inner_steps, loss) for chunk in chunks]
-    measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    summary = {}
+    return summary(query_metrics(model, theta, state.alpha, batch, inner_steps, loss))
+
+
+def summary(measured: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the tasks, and the half widths of their 95 % intervals."""
+    numbers = {}
     for name, values in measured.items():
         values = values.double()
         error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        summary[name], summary[f"{name}_ci95"] = float(values.mean()), float(1.96 * error)
-    return summary
+        numbers[name], numbers[f"{name}_ci95"] = float(values.mean()), float(1.96 * error)
+    return numbers
 
 
 def check_state(state: MetaState) -> None:

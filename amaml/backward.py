@@ -7,7 +7,7 @@ give the gradients by theta and by alpha, means over the tasks, and metrics of e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import unwrap
 
@@ -22,6 +22,7 @@ from amaml.arguments import Loss, Theta, is_differentiated
 # Larger pieces ask the C library for memory that it gives back after each use, and getting it anew
 # takes as long as the arithmetic.
 EXAMPLES_AT_ONCE = 160
+TASKS_AT_ONCE = 32  # tasks of any module that are evaluated at a time: 1,000 would fill the memory
 
 
 def inner_loop(
@@ -113,34 +114,40 @@ class ForEachRun(Function):
 def stacked_gradients(model, theta, alpha, batch, inner_steps, first_order, loss):
     """Meta-gradients of runs side by side, everything with the runs in front: theta `(runs, ...)`,
     alpha `(runs,)`, the batch `(runs, tasks, ...)`. Returns gradients, d_alpha and metrics in turn.
+    """
 
-    On a CPU a large meta-batch goes through in pieces. How a run's tasks are cut does not depend
-    on the other runs, so that it gets the same sums alone and beside others.
+    def work(*piece):
+        return gradients_at_once(model, *piece, inner_steps, first_order, loss)
+
+    sums, metrics = [], []
+    for pieces in in_pieces(work, theta, alpha, batch):
+        gradients, measured = zip(*pieces, strict=True)
+        sums.append([sum(each[1:], start=each[0]) for each in zip(*gradients, strict=True)])
+        metrics.append([torch.cat(each, 1) for each in zip(*measured, strict=True)])
+    tasks = batch[0].shape[1]
+    means = [torch.cat(each) / tasks for each in zip(*sums, strict=True)]
+    return *means, *(torch.cat(each) for each in zip(*metrics, strict=True))
+
+
+def in_pieces(work: Callable, theta, alpha, batch) -> Iterator[list]:
+    """`work` on parts of what has `(runs, tasks)` in front; for each part of the runs, a list.
+
+    How a run's tasks are cut does not depend on the other runs, so that a run gets the same sums
+    alone and beside others. Nothing is cut on a GPU.
     """
     runs, tasks, examples = batch[0].shape[:3]
     at_once = EXAMPLES_AT_ONCE if alpha.device.type == "cpu" else runs * tasks * examples
     tasks_at_once = min(tasks, max(1, at_once // examples))
     runs_at_once = max(1, at_once // (examples * tasks_at_once))
-    of_runs = []
     for i in range(0, runs, runs_at_once):
         some = slice(i, i + runs_at_once)
         some_theta = {name: value[some] for name, value in theta.items()}
-        pieces = [
-            gradients_at_once(
-                *(model, some_theta, alpha[some], piece, inner_steps, first_order, loss)
-            )
-            for piece in zip(*(x[some].split(tasks_at_once, 1) for x in batch), strict=True)
-        ]
-        gradients, metrics = zip(*pieces, strict=True)
-        of_runs.append(
-            [sum(each[1:], start=each[0]) / tasks for each in zip(*gradients, strict=True)]
-            + [torch.cat(each, 1) for each in zip(*metrics, strict=True)]
-        )
-    return tuple(torch.cat(each) for each in zip(*of_runs, strict=True))
+        parts = zip(*(x[some].split(tasks_at_once, 1) for x in batch), strict=True)
+        yield [work(some_theta, alpha[some], part) for part in parts]
 
 
 def gradients_at_once(model, theta, alpha, batch, inner_steps, first_order, loss):
-    """`stacked_gradients` of a piece: sums over its tasks, `(runs, ...)`, and each task's metrics,
+    """A piece of `stacked_gradients`: sums over its tasks, `(runs, ...)`, and metrics of each task,
     `(runs, tasks)`.
     """
     runs, tasks = batch[0].shape[:2]
@@ -225,27 +232,52 @@ def by_recomputing(model, theta, alpha, batch, inner_steps, first_order, loss):
 
 def query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Tensor]:
     """Each task's query loss and accuracy after adaptation, `(tasks,)`; no gradient is kept."""
-    support_x, support_y, query_x, query_y = batch
-    with_loss = partial(measure, loss=loss)
     if is_stackable(model, alpha, theta):
-        stacked = {
-            name: for_each_task(value.detach().unsqueeze(0), len(query_x)).requires_grad_()
-            for name, value in theta.items()
-        }
-        alpha = alpha.detach().expand(len(query_x))
-        theta_prime, _ = stacked_inner_loop(
-            model, stacked, alpha, support_x, support_y, inner_steps, True, loss
-        )
-        with torch.no_grad():
-            return vmap(with_loss)(functional_call(model, theta_prime, (query_x,)), query_y)
+        names = list(theta)
+
+        def work(alpha, *tensors):
+            run_theta = dict(zip(names, tensors, strict=False))
+            return stacked_metrics(
+                model, run_theta, alpha, tensors[len(names) :], inner_steps, loss
+            )
+
+        measured = ForEachRun.apply(work, alpha, *theta.values(), *batch)
+        return dict(zip(measures(loss), measured, strict=True))
 
     def one_task(support_x, support_y, query_x, query_y):
         theta_prime, _ = inner_loop(
             model, theta, alpha, support_x, support_y, inner_steps, False, loss
         )
-        return with_loss(functional_call(model, theta_prime, (query_x,)), query_y)
+        return measure(functional_call(model, theta_prime, (query_x,)), query_y, loss)
 
-    return vmap(one_task)(*batch)
+    return vmap(one_task, chunk_size=TASKS_AT_ONCE)(*batch)
+
+
+def stacked_metrics(model, theta, alpha, batch, inner_steps, loss) -> tuple[Tensor, ...]:
+    """`query_metrics` of runs side by side, `(runs, tasks)` each, in the order of `measures`."""
+
+    def work(theta, alpha, batch):
+        runs, tasks = batch[0].shape[:2]
+        support_x, support_y, query_x, query_y = (x.flatten(0, 1) for x in batch)
+        with torch.enable_grad():
+            theta = {
+                name: for_each_task(value.detach(), tasks).requires_grad_()
+                for name, value in theta.items()
+            }
+            alpha = for_each_task(alpha.detach(), tasks)
+            theta_prime, _ = stacked_inner_loop(
+                model, theta, alpha, support_x, support_y, inner_steps, True, loss
+            )
+        with torch.no_grad():
+            prediction = functional_call(model, theta_prime, (query_x,))
+            metrics = vmap(partial(measure, loss=loss))(prediction, query_y)
+        return [value.view(runs, tasks) for value in metrics.values()]
+
+    runs = [
+        [torch.cat(each, 1) for each in zip(*pieces, strict=True)]
+        for pieces in in_pieces(work, theta, alpha, batch)
+    ]
+    return tuple(torch.cat(each) for each in zip(*runs, strict=True))
 
 
 def measures(loss: Loss) -> tuple[str, ...]:

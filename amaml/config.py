@@ -39,6 +39,8 @@ class RunConfig:
     threshold               stop once the validation loss is at most this (None: never)
     validation_every        iterations between two validations
     validation_tasks        number of fixed tasks to validate on
+    test_tasks              number of tasks of the test characters to measure a finished run on
+    test_inner_steps        gradient steps of the inner loop on these
     seed                    fixes initialisation, training tasks and validation tasks
 
     Raises TypeError or ValueError, naming the field, what was given and what is allowed.
@@ -62,6 +64,8 @@ class RunConfig:
     threshold: float | None = None
     validation_every: int = 10
     validation_tasks: int = 64
+    test_tasks: int = 0
+    test_inner_steps: int = 1
     seed: int = 0
 
     def __new__(cls, *args, **given):
@@ -72,7 +76,7 @@ class RunConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        least, most = {"n_way": 2, "seed": 0}, {"seed": 2**63 - 1}
+        least, most = {"n_way": 2, "seed": 0, "test_tasks": 0}, {"seed": 2**63 - 1}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type == "int":

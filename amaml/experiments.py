@@ -21,15 +21,18 @@ PROFILES = {
         "validation_tasks": 32,
     },
     "medium": {"data": "omniglot", "meta_batch_size": 32, "iterations": 1000},
+    "paper": {"data": "omniglot", "meta_batch_size": 32, "iterations": 10_000},
 }
 
-RUNS_PER_BATCH = {"quick": 8, "medium": 1}  # small runs gain from being made together
+# Small runs gain from being made together, and so do those on a GPU, which is the paper profile's.
+RUNS_PER_BATCH = {"quick": 8, "medium": 1, "paper": 64}
 
 # Starting rates (alpha, beta), for the mean cross-entropy and the mean over the tasks
 CASES = {"good": (0.4, 0.3), "too small": (0.001, 0.001), "too large": (0.4, 3.0)}
 FAR_TOO_LARGE = (100.0, 0.3)
 HYPER_RATE = 1e-3  # of alpha and of beta, in all figures that do not vary it
 SEEDS = (0, 1, 2)
+FIGURE_1_SEEDS = {"quick": SEEDS, "medium": SEEDS, "paper": (0, 1, 2, 3, 4)}
 
 TRIED_HYPER_RATES = (1e-4, 1e-3, 1e-2)
 TRIAL_SEED = 100  # hyper rates are chosen on a seed that no figure shows
@@ -48,39 +51,59 @@ THRESHOLD = 1.0
 
 # What sets the figures after Figure 1 apart, in every profile
 COUNTING = {"threshold": THRESHOLD, "validation_every": 5}
-FIVE_SHOT = {"k_shot": 5, "k_query": 5, "validation_tasks": 16}  # of 25 query images each
+FIVE_SHOT = {"k_shot": 5, "k_query": 5}
+FULL_LENGTH = {"validation_every": 100}
 SETTINGS = {
     "figures_2_3": COUNTING,
     "appendix_1": FIVE_SHOT,
-    "appendix_2": {"n_way": 20, "validation_tasks": 16},
+    "appendix_2": {"n_way": 20},
     "appendix_3": FIVE_SHOT | COUNTING,
     "appendix_4": COUNTING,
     "appendix_5": {},
     "appendix_6": {"inner_steps": 5},
     "appendix_7": {"meta_optimizer": "adam"},
+    "accuracy": FULL_LENGTH,
+    "accuracy_settings": FULL_LENGTH,
 }
 
-# Their sizes: meta-batch, iterations at most, seeds. The medium ones are made for two cores.
+# Their sizes: meta-batch, iterations at most, validation tasks, seeds. The medium ones are made for
+# two cores, the paper's for a GPU.
 SIZES = {
     "quick": {
-        "figures_2_3": (8, 70, (0, 1)),
-        "appendix_1": (4, 40, (0,)),
-        "appendix_2": (4, 40, (0,)),
-        "appendix_3": (4, 20, (0,)),
-        "appendix_4": (8, 40, (0,)),
-        "appendix_5": (8, 60, (0,)),
-        "appendix_6": (4, 40, (0,)),
-        "appendix_7": (8, 60, (0,)),
+        "figures_2_3": (8, 70, 32, (0, 1)),
+        "appendix_1": (4, 40, 16, (0,)),
+        "appendix_2": (4, 40, 16, (0,)),
+        "appendix_3": (4, 20, 16, (0,)),
+        "appendix_4": (8, 40, 32, (0,)),
+        "appendix_5": (8, 60, 32, (0,)),
+        "appendix_6": (4, 40, 32, (0,)),
+        "appendix_7": (8, 60, 32, (0,)),
+        "accuracy": (4, 20, 16, (0,)),
+        "accuracy_settings": (4, 10, 8, (0,)),
     },
     "medium": {
-        "figures_2_3": (8, 200, SEEDS),
-        "appendix_1": (8, 200, SEEDS),
-        "appendix_2": (8, 200, SEEDS),
-        "appendix_3": (4, 100, (0,)),
-        "appendix_4": (8, 200, SEEDS),
-        "appendix_5": (8, 400, (0,)),
-        "appendix_6": (8, 200, SEEDS),
-        "appendix_7": (8, 300, SEEDS),
+        "figures_2_3": (8, 200, 32, SEEDS),
+        "appendix_1": (8, 200, 16, SEEDS),
+        "appendix_2": (8, 200, 16, SEEDS),
+        "appendix_3": (4, 100, 16, (0,)),
+        "appendix_4": (8, 200, 32, SEEDS),
+        "appendix_5": (8, 400, 32, (0,)),
+        "appendix_6": (8, 200, 32, SEEDS),
+        "appendix_7": (8, 300, 32, SEEDS),
+        "accuracy": (8, 1000, 32, (0,)),
+        "accuracy_settings": (4, 200, 16, (0,)),
+    },
+    "paper": {
+        "figures_2_3": (32, 1000, 64, SEEDS),
+        "appendix_1": (32, 2000, 64, SEEDS),
+        "appendix_2": (16, 2000, 64, SEEDS),
+        "appendix_3": (16, 500, 64, (0,)),
+        "appendix_4": (32, 1000, 64, SEEDS),
+        "appendix_5": (32, 4000, 64, (0,)),
+        "appendix_6": (32, 2000, 64, SEEDS),
+        "appendix_7": (32, 3000, 64, SEEDS),
+        "accuracy": (32, 60_000, 64, SEEDS),
+        "accuracy_settings": (16, 60_000, 64, SEEDS),
     },
 }
 
@@ -99,18 +122,38 @@ GRIDS = {
         },
         "appendix_3": {"rates": DECADES, "hyper_rates": (1e-3, 1e-2)},
     },
+    "paper": {
+        "figures_2_3": {
+            "rates": (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 0.1, 0.32, 1.0),
+            "hyper_rates": (1e-4, 1e-3, 1e-2, 1e-1),
+        },
+        "appendix_3": {
+            "rates": (1e-4, 4.6e-4, 2.2e-3, 1e-2, 4.6e-2, 0.22, 1.0),
+            "hyper_rates": (1e-3, 1e-2),
+        },
+    },
 }
 ONE_START = CASES["too small"]  # of the figure that varies h_alpha and h_beta apart
 VARIED_HYPER_RATES = {
     "quick": (0.0, 1e-4, 1e-3, 1e-2),
     "medium": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+    "paper": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
 }
-PATH_STARTS = {"quick": (1e-3, 1e-2, 0.5), "medium": DECADES[1:]}
+PATH_STARTS = {"quick": (1e-3, 1e-2, 0.5), "medium": DECADES[1:], "paper": DECADES[1:]}
 
 # With Adam beta is the step of each parameter, so other rates are good, too small and too large.
 ADAM_CASES = {"good": (0.4, 1e-2), "too small": (1e-3, 1e-5), "too large": (0.4, 1.0)}
 ADAM_HYPER_RATES = (HYPER_RATE, 1e-5)
 TRIED_ADAM_HYPER_RATES = (1e-7, 1e-6, 1e-5, 1e-4)  # of beta
+
+# Accuracy on the test characters: over how many tasks, and the inner steps by the number of ways,
+# in the test and in training, as in Finn et al. (2017)
+TEST_TASKS = {"quick": 16, "medium": 1000, "paper": 1000}
+TEST_INNER_STEPS = {5: 3, 20: 5}
+INNER_STEPS = {5: 1, 20: 5}
+# Of MAML as published: with the loss of its code, n_way times ours, alpha is 0.4 (5-way) or 0.1
+# (20-way). Adam's step does not depend on the scale of the loss.
+PUBLISHED = (2.0, 1e-3)
 
 POINTS = 500  # rows a run that are published, at most
 POINTS_IN_A_GRID = 40
@@ -118,7 +161,7 @@ POINTS_IN_A_GRID = 40
 
 def figure_1(profile: str) -> Experiment:
     """A good and two bad pairs of starting rates; MAML beside Alpha MAML, several seeds."""
-    return behaviour(profile, seeds=SEEDS)
+    return behaviour(profile, seeds=FIGURE_1_SEEDS[profile])
 
 
 def figures_2_3(profile: str) -> Experiment:
@@ -172,6 +215,51 @@ def appendix_7(profile: str) -> Experiment:
     return behaviour(profile, cases=ADAM_CASES, hyper_rates=ADAM_HYPER_RATES, **size)
 
 
+def accuracy(profile: str) -> Experiment:
+    """Test accuracy after a whole training, 5-way 1-shot: MAML as published, and others."""
+    none, sgd = (0.0, 0.0), (HYPER_RATE, HYPER_RATE)
+    size = sizes("accuracy", profile) | testing(5, profile)
+    return [
+        run(profile, start, rates, {"case": case}, meta_optimizer=optimizer, seed=seed, **size)
+        for seed in size.pop("seeds")
+        for optimizer, case, start, rates in (
+            ("adam", "published", PUBLISHED, none),
+            ("sgd", "good", CASES["good"], none),
+            ("sgd", "good", CASES["good"], sgd),
+            ("sgd", "too small", CASES["too small"], sgd),
+            ("adam", "published", PUBLISHED, ADAM_HYPER_RATES),
+            ("adam", "too small", ADAM_CASES["too small"], ADAM_HYPER_RATES),
+        )
+    ]
+
+
+def accuracy_settings(profile: str) -> Experiment:
+    """The same in the three other settings: MAML as published, Alpha MAML from a bad start."""
+    size = sizes("accuracy_settings", profile) | {"meta_optimizer": "adam"}
+    return [
+        run(
+            *(profile, start, rates, {"case": case}),
+            **size | testing(n_way, profile),
+            **{"n_way": n_way, "k_shot": k, "k_query": k, "seed": seed},
+        )
+        for seed in size.pop("seeds")
+        for n_way, k in ((5, 5), (20, 1), (20, 5))
+        for case, start, rates in (
+            ("published", PUBLISHED, (0.0, 0.0)),
+            ("too small", ADAM_CASES["too small"], ADAM_HYPER_RATES),
+        )
+    ]
+
+
+def testing(n_way: int, profile: str) -> dict:
+    """The fields of a run whose test accuracy is measured, as Finn et al. (2017) measure it."""
+    return {
+        "inner_steps": INNER_STEPS[n_way],
+        "test_tasks": TEST_TASKS[profile],
+        "test_inner_steps": TEST_INNER_STEPS[n_way],
+    }
+
+
 def hyper_rates(profile: str) -> Experiment:
     """The trials that the hyper rates were chosen by: short runs on a seed of their own."""
     trial = {"seed": TRIAL_SEED, "iterations": TRIAL_ITERATIONS}
@@ -196,7 +284,7 @@ def adam_hyper_rates(profile: str) -> Experiment:
 
 def far_too_large(profile: str) -> Experiment:
     """Figure 1 once more, from a still larger start."""
-    return behaviour(profile, seeds=SEEDS, cases={"far too large": FAR_TOO_LARGE})
+    return behaviour(profile, seeds=FIGURE_1_SEEDS[profile], cases={"far too large": FAR_TOO_LARGE})
 
 
 def too_large(profile: str) -> Experiment:
@@ -234,9 +322,8 @@ def grid(figure: str, profile: str) -> Experiment:
 
 def sizes(figure: str, profile: str) -> dict:
     """The fields of a figure's runs by SETTINGS and SIZES, and its seeds."""
-    meta_batch_size, iterations, seeds = SIZES[profile][figure]
-    size = {"meta_batch_size": meta_batch_size, "iterations": iterations, "validation_tasks": 32}
-    return size | SETTINGS[figure] | {"seeds": seeds}
+    names = ("meta_batch_size", "iterations", "validation_tasks", "seeds")
+    return dict(zip(names, SIZES[profile][figure], strict=True)) | SETTINGS[figure]
 
 
 def run(
@@ -258,6 +345,7 @@ FIGURES = {
     for experiment in (
         *(figure_1, far_too_large, figures_2_3, hyper_rates, adam_hyper_rates, too_large),
         *(appendix_1, appendix_2, appendix_3, appendix_4, appendix_5, appendix_6, appendix_7),
+        *(accuracy, accuracy_settings),
     )
 }
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 from amaml import experiments, records
 from amaml.config import RunConfig
+from amaml.data import as_device
 from amaml.training import Run, shape, train, train_together
 
 PUBLISH_EVERY = 20  # seconds between two publications: each writes the whole table
+CHECKPOINT_EVERY = {"cpu": 50, "cuda": 500}  # iterations, in a process of one's own
 PATIENCE = "10s"  # how long a scheduler that is named may take to answer
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
 
@@ -70,10 +73,62 @@ def run_all(
                 statuses = pd.Series([run.status for run in runs.values()], dtype=str)
                 counts = statuses.value_counts().to_dict()
                 bar.set_postfix(counts | ({"failed": len(failed)} if failed else {}))
+    report(failed, len(configs))
+    return pd.concat([tabulate(runs[config]) for config in configs], ignore_index=True)
+
+
+def run_here(
+    configs: Iterable[RunConfig],
+    out: str | Path = "runs",
+    runs_per_batch: int = 1,
+    *,
+    device: str = "cpu",
+    minutes: float = math.inf,
+    root: str | Path | None = None,
+    progress: bool = True,
+    on_finish: Callable[[Run], None] | None = None,
+) -> None:
+    """Make many runs in this process, one batch after another: on one GPU, or for so many minutes.
+
+    When the minutes are over the runs under way are left with a checkpoint; the same call later
+    goes on from there. Dask is not needed. Errors are treated as by `run_all`.
+    """
+    configs = checked_configs(configs, out, root, runs_per_batch, on_finish)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float):
+        raise TypeError(f"minutes={minutes!r}: must be a number")
+    if not minutes >= 0:
+        raise ValueError(f"minutes={minutes!r}: must be at least 0")
+    deadline, failed, waiting = time.monotonic() + 60 * minutes, {}, []
+    every = CHECKPOINT_EVERY[as_device(device).type]
+    for config in configs:
+        if not (Path(out) / config.id / "result.json").exists():
+            waiting.append(config)
+        elif on_finish is not None:
+            on_finish(train(config, out, device=device))
+    for number, batch in enumerate(batches := batches_of(waiting, runs_per_batch, 1), 1):
+        if progress:
+            print(f"batch {number} of {len(batches)}: {len(batch)} runs", flush=True)
+        try:
+            runs = train_together(
+                *(batch, out),
+                **{"root": root, "device": device, "checkpoint_every": every},
+                **{"deadline": deadline, "progress": progress},
+            )
+        except Exception as error:
+            failed |= dict.fromkeys(batch, error)
+            continue
+        if on_finish is not None:
+            for run in runs:
+                on_finish(run)
+        if time.monotonic() > deadline:
+            break
+    report(failed, len(configs))
+
+
+def report(failed: dict[RunConfig, Exception], n_runs: int) -> None:
     if failed:
         lines = "\n".join(f"{config}: {error!r}" for config, error in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(configs)} runs failed:\n{lines}")
-    return pd.concat([tabulate(runs[config]) for config in configs], ignore_index=True)
+        raise RuntimeError(f"{len(failed)} of {n_runs} runs failed:\n{lines}")
 
 
 def checked_configs(configs, out, root, runs_per_batch, on_finish) -> list[RunConfig]:
@@ -185,13 +240,17 @@ def figure_records(
     folder: str | Path = records.RECORDS,
     client=None,
     root: str | Path | None = None,
+    device: str = "cpu",
+    minutes: float | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The table that a figure is drawn from: its published records, after training what is missing.
 
     Runs are published to `folder` as they finish, in the place of older records of the same runs.
     With `retrain` the published records are not taken for granted; runs that are finished or under
-    way in `out` still are (remove their folders to make them from nothing).
+    way in `out` still are (remove their folders to make them from nothing). With a `device` other
+    than the CPU or with `minutes` the runs are made in this process, see `run_here`, and the table
+    holds those that are finished when the minutes are over.
     """
     labelled = experiments.runs_of(figure, profile)
     labels = {config.id: label for label, config in labelled}
@@ -223,7 +282,12 @@ def figure_records(
     if missing:
         try:
             size = experiments.RUNS_PER_BATCH[profile]
-            run_all(missing, out, client, size, root=root, progress=progress, on_finish=finish)
+            common = {"root": root, "progress": progress, "on_finish": finish}
+            if device == "cpu" and minutes is None:
+                run_all(missing, out, client, size, **common)
+            else:
+                limit = math.inf if minutes is None else minutes
+                run_here(missing, out, size, device=device, minutes=limit, **common)
         finally:
             if waiting:
                 publish()
@@ -239,10 +303,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--data", default=None, help="folder of Omniglot (default: $AMAML_DATA)")
     parser.add_argument("--retrain", action="store_true", help="replace the published records")
-    given = parser.parse_args(arguments)
-    figure_records(
-        given.figure, given.profile, retrain=given.retrain, out=given.out, root=given.data
+    parser.add_argument(
+        "--records", default=records.RECORDS, help="folder to publish to (default: figures/records)"
     )
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: one GPU, no Dask")
+    parser.add_argument(
+        "--minutes", type=float, help="stop after so long, to be called again; no Dask"
+    )
+    given = parser.parse_args(arguments)
+    table = figure_records(
+        *(given.figure, given.profile),
+        **{"retrain": given.retrain, "out": given.out, "folder": given.records},
+        **{"root": given.data, "device": given.device, "minutes": given.minutes},
+    )
+    n_runs = len(experiments.runs_of(given.figure, given.profile))
+    print(f"{given.figure}, {given.profile}: {table['run'].nunique()} of {n_runs} runs published")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,14 +25,16 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from amaml import records
-from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
+from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step, summary
 from amaml.arguments import Loss
+from amaml.backward import query_metrics
 from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, as_device, split_characters
 from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
 
-FLUSH_EVERY = 10  # iterations between two looks at the metrics, and so between two device syncs
+# Iterations between two looks at the metrics, each of which waits for the device
+FLUSH_EVERY = {"cpu": 10, "cuda": 100}
 VARIED = ("alpha", "beta", "hyper_alpha", "hyper_beta", "seed")  # by runs that are made together
 WATCHED = ["query_loss", "alpha", "beta", "gradient_norm"]  # a run has diverged if one is infinite
 
@@ -47,7 +50,9 @@ class Run:
     metrics     DataFrame, a row an iteration (counted from 1): iteration, support_loss,
                 query_loss, query_accuracy (0..1), alpha, beta, gradient_norm, d_alpha, d_beta; and
                 at every validation_every-th, after that iteration's update, validation_loss and
-                validation_accuracy (else empty)
+                validation_accuracy (else empty). With a config of test_tasks the last row has
+                test_loss, test_accuracy and their 95 % intervals test_loss_ci95 and
+                test_accuracy_ci95 (mean +- ci95 over the tasks)
     state       the MetaState at its end
     """
 
@@ -76,8 +81,9 @@ def train(
 
     `model`, `sampler` and `loss` are one's own (any object with `sample(meta_batch_size,
     generator) -> Tasks` is a sampler; without `validation_sampler` it serves for the validation
-    too); the config's fields about data and network then have no effect. `root` is where Omniglot
-    lies (see `load_omniglot`). A checkpoint is written every `checkpoint_every` iterations.
+    and test tasks too); the config's fields about data and network then have no effect. `root` is
+    where Omniglot lies (see `load_omniglot`). A checkpoint is written every `checkpoint_every`
+    iterations.
 
     A run that stops being finite ends with the status "diverged": a result, not an error. Ctrl-C
     and SIGTERM stop a run within 10 iterations, after a last checkpoint. Raises ValueError where
@@ -96,12 +102,13 @@ def train(
         check_identity(folder, identity)
         return read_run(folder, config, device)
 
-    samplers = (sampler, sampler) if sampler else samplers_of(config, root, device)
-    train_sampler, validation_sampler = samplers[0], validation_sampler or samplers[1]
+    samplers = Samplers(sampler, sampler, sampler) if sampler else samplers_of(config, root, device)
+    if validation_sampler:
+        samplers = samplers._replace(validation=validation_sampler, test=validation_sampler)
     model = deepcopy(model).to(device) if model else network_of(config).to(device)
     with records.lock(folder):
         if not (folder / "result.json").exists():  # or another process has just made it
-            run = begin(config, folder, identity, model, validation_sampler, device)
+            run = begin(config, folder, identity, model, samplers, device)
             bar = tqdm(
                 total=config.iterations,
                 initial=run.iteration,
@@ -112,7 +119,7 @@ def train(
             )
             with stop_signals() as stopped, bar:
                 while run.status == "running" and not stopped():
-                    rows = advance([run], model, train_sampler, loss, checkpoint_every)[0]
+                    rows = advance([run], model, samplers, loss, checkpoint_every)[0]
                     show(bar, len(rows), rows.iloc[-1])
                 leave([run])
     return read_run(folder, config, device)
@@ -126,6 +133,7 @@ def train_together(
     device: str = "cpu",
     checkpoint_every: int = 50,
     deadline: float = math.inf,
+    progress: bool = False,
 ) -> list[Run]:
     """Make runs that differ in their rates, hyper rates and seeds alone, as one batched program.
 
@@ -136,7 +144,7 @@ def train_together(
     configs that differ in another field.
     """
     configs = list(configs)
-    check_arguments(configs, out, root, checkpoint_every)
+    check_arguments(configs, out, root, checkpoint_every, progress)
     device = as_device(device)
     if len({shape(config) for config in configs}) != 1 or len(set(configs)) != len(configs):
         raise ValueError(
@@ -144,7 +152,7 @@ def train_together(
             f"{', '.join(VARIED)} alone"
         )
     folders = {config: Path(out) / config.id for config in configs}
-    train_sampler, validation_sampler = samplers_of(configs[0], root, device)
+    samplers = samplers_of(configs[0], root, device)
     with ExitStack() as locks:
         for folder in sorted(folders.values()):  # in one order everywhere: no two wait in a circle
             locks.enter_context(records.lock(folder))
@@ -155,16 +163,26 @@ def train_together(
                 check_identity(folder, identity)
             else:
                 network = network_of(config).to(device)
-                run = begin(config, folder, identity, network, validation_sampler, device)
+                run = begin(config, folder, identity, network, samplers, device)
                 running.append(run)
         model = network_of(configs[0]).to(device)  # each run has parameters of its own
-        with stop_signals() as stopped:
+        bar = tqdm(
+            total=configs[0].iterations,
+            initial=min((run.iteration for run in running), default=0),
+            desc=f"{len(running)} runs",
+            file=sys.stdout,
+            mininterval=1.0,
+            disable=not progress,
+        )
+        with stop_signals() as stopped, bar:
             while running and not stopped() and time.monotonic() < deadline:
                 least = min(run.iteration for run in running)  # what a kill left behind catches up
                 behind = [run for run in running if run.iteration == least]
                 ahead = [run.iteration for run in running if run.iteration > least]
-                advance(behind, model, train_sampler, F.cross_entropy, checkpoint_every, ahead)
+                advance(behind, model, samplers, F.cross_entropy, checkpoint_every, ahead)
                 running = [run for run in running if run.status == "running"]
+                bar.set_postfix(running=len(running))
+                bar.update(min((run.iteration for run in running), default=bar.total) - bar.n)
             leave(running)
     left = {run.config for run in running}
     return [
@@ -202,6 +220,14 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.raise_signal(received[0])
 
 
+class Samplers(NamedTuple):
+    """Where a run's tasks come from: objects with `sample(meta_batch_size, generator) -> Tasks`."""
+
+    train: TaskSampler
+    validation: TaskSampler
+    test: TaskSampler
+
+
 @dataclass
 class Underway:
     """A run that is being made: what it is, and how far it is."""
@@ -217,9 +243,9 @@ class Underway:
     status: str = "running"
 
 
-def begin(config, folder, identity, model, validation_sampler, device) -> Underway:
+def begin(config, folder, identity, model, samplers, device) -> Underway:
     """A run at its start, or where its checkpoint left it. Its folder must be locked."""
-    validation = validation_sampler.sample(
+    validation = samplers.validation.sample(
         config.validation_tasks, stream(config.seed, "validation tasks", device)
     )
     if not isinstance(validation, Tasks):
@@ -242,7 +268,7 @@ def begin(config, folder, identity, model, validation_sampler, device) -> Underw
 def advance(
     runs: list[Underway],
     model: nn.Module,
-    sampler,
+    samplers: Samplers,
     loss: Loss,
     checkpoint_every: int,
     ahead: Sequence[int] = (),
@@ -253,26 +279,33 @@ def advance(
     iterations not to be passed.
     """
     started, config, iteration = time.perf_counter(), runs[0].config, runs[0].iteration
-    intervals = (FLUSH_EVERY, config.validation_every, checkpoint_every, config.iterations)
+    flush_every = FLUSH_EVERY[runs[0].state.alpha.device.type]
+    intervals = (flush_every, config.validation_every, checkpoint_every, config.iterations)
     stop = min(*((iteration // n + 1) * n for n in intervals), *ahead, config.iterations)
     last = stop == config.iterations
-    pending = steps(runs, stop - iteration, model, sampler, loss)
-    tables = [to_rows(metrics, stop) for metrics in pending]
-    finite = [bool(np.isfinite(rows[WATCHED].iloc[-1]).all()) for rows in tables]
-    if last or stop % config.validation_every == 0:
-        finite = [
-            still_finite and validate(run, rows, model, loss)
-            for run, rows, still_finite in zip(runs, tables, finite, strict=True)
-        ]
-    seconds = (time.perf_counter() - started) / len(runs)
-    for run, rows, still_finite in zip(runs, tables, finite, strict=True):
-        run.iteration, run.seconds = int(rows["iteration"].iloc[-1]), run.seconds + seconds
-        if not still_finite:
+    pending = steps(runs, stop - iteration, model, samplers.train, loss)
+    tables = [to_rows(metrics, stop, config) for metrics in pending]
+    for run, rows in zip(runs, tables, strict=True):
+        run.iteration = int(rows["iteration"].iloc[-1])
+        if not np.isfinite(rows[WATCHED].iloc[-1]).all():
             run.status = "diverged"
-        elif config.threshold is not None and rows["validation_loss"].min() <= config.threshold:
-            run.status = "reached"
         elif last:
             run.status = "done"
+    if last or stop % config.validation_every == 0:
+        finite = [pair for pair in zip(runs, tables, strict=True) if pair[0].status != "diverged"]
+        validated = evaluations([run for run, _ in finite], model, loss)
+        for (run, rows), measured in zip(finite, validated, strict=True):
+            enter(rows, "validation", measured)
+            if not math.isfinite(measured["query_loss"]):
+                run.status = "diverged"
+            elif config.threshold is not None and measured["query_loss"] <= config.threshold:
+                run.status = "reached"
+    for run, rows in zip(runs, tables, strict=True):
+        if config.test_tasks and run.status in ("done", "reached"):
+            enter(rows, "test", on_test_tasks(run, model, samplers.test, loss))
+    seconds = (time.perf_counter() - started) / len(runs)
+    for run, rows in zip(runs, tables, strict=True):
+        run.seconds += seconds
         write(run, rows, stop % checkpoint_every == 0)
     return tables
 
@@ -321,15 +354,38 @@ def steps(runs: list[Underway], iterations: int, model, sampler, loss: Loss) -> 
     ]
 
 
-def validate(run: Underway, rows: pd.DataFrame, model: nn.Module, loss: Loss) -> bool:
-    """Enter the validation of a run's state into its last row; returns whether it is finite."""
-    measured = evaluate(
-        model, run.state, run.validation, inner_steps=run.config.inner_steps, loss=loss
-    )
-    for name in ("loss", "accuracy"):
-        if f"query_{name}" in measured:
-            rows.loc[rows.index[-1], f"validation_{name}"] = measured[f"query_{name}"]
-    return math.isfinite(measured["query_loss"])
+def evaluations(runs: list[Underway], model: nn.Module, loss: Loss) -> list[dict[str, float]]:
+    """Each run's state on its validation tasks, as `evaluate` measures it."""
+    if len(runs) < 2:
+        inner_steps = [run.config.inner_steps for run in runs]
+        return [
+            evaluate(model, run.state, run.validation, inner_steps=k, loss=loss)
+            for run, k in zip(runs, inner_steps, strict=True)
+        ]
+    state = tree_map(lambda *values: torch.stack(values), *(run.state for run in runs))
+    batch = [torch.stack(x) for x in zip(*(vars(r.validation).values() for r in runs), strict=True)]
+    inner_steps = runs[0].config.inner_steps
+
+    def measured(theta, alpha, *batch):
+        return query_metrics(model, theta, alpha, batch, inner_steps, loss)
+
+    together = vmap(measured)(state.theta, state.alpha, *batch)
+    return [summary({name: m[i] for name, m in together.items()}) for i in range(len(runs))]
+
+
+def on_test_tasks(run: Underway, model: nn.Module, sampler, loss: Loss) -> dict[str, float]:
+    """A finished run's state on tasks of the test characters, which nothing was chosen by."""
+    config, device = run.config, run.state.alpha.device
+    tasks = sampler.sample(config.test_tasks, stream(config.seed, "test tasks", device))
+    return evaluate(model, run.state, tasks, inner_steps=config.test_inner_steps, loss=loss)
+
+
+def enter(rows: pd.DataFrame, kind: str, measured: dict[str, float]) -> None:
+    """Put what was measured on validation or test tasks into the last row, where it has room."""
+    for name, value in measured.items():
+        column = name.replace("query", kind)
+        if column in rows:
+            rows.loc[rows.index[-1], column] = value
 
 
 def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
@@ -362,11 +418,11 @@ def shape(config: RunConfig) -> RunConfig:
     return replace(config, **{name: getattr(default, name) for name in VARIED})
 
 
-def samplers_of(config: RunConfig, root, device) -> tuple[TaskSampler, TaskSampler]:
-    """The samplers of training and validation tasks that a config names."""
+def samplers_of(config: RunConfig, root, device) -> Samplers:
+    """The samplers of the characters that a config names."""
     split = split_characters(load(config.data, root).to(device))
     sizes = (config.n_way, config.k_shot, config.k_query, config.rotate)
-    return TaskSampler(split.train, *sizes), TaskSampler(split.validation, *sizes)
+    return Samplers(*(TaskSampler(x, *sizes) for x in (split.train, split.validation, split.test)))
 
 
 def network_of(config: RunConfig) -> OmniglotCNN:
@@ -455,8 +511,8 @@ def check_own(model, sampler, validation_sampler, loss) -> None:
         raise TypeError(f"loss must be a function of (prediction, y), not {loss!r}")
 
 
-def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> pd.DataFrame:
-    """Metrics of the iterations up to `iteration` as rows.
+def to_rows(pending: list[dict[str, Tensor]], iteration: int, config: RunConfig) -> pd.DataFrame:
+    """Metrics of the iterations up to `iteration` as rows, with room for what is measured later.
 
     Rows after the first that is not finite are dropped: they say nothing.
     """
@@ -464,9 +520,10 @@ def to_rows(pending: list[dict[str, Tensor]], iteration: int) -> pd.DataFrame:
     values = torch.stack([torch.stack([m[name] for name in names]) for m in pending])
     rows = pd.DataFrame(values.double().cpu().numpy(), columns=names)
     rows.insert(0, "iteration", range(iteration - len(rows) + 1, iteration + 1))
-    rows["validation_loss"] = np.nan
-    if "query_accuracy" in names:
-        rows["validation_accuracy"] = np.nan
+    for kind in ("loss", "accuracy") if "query_accuracy" in names else ("loss",):
+        rows[f"validation_{kind}"] = np.nan
+        if config.test_tasks:
+            rows[f"test_{kind}"] = rows[f"test_{kind}_ci95"] = np.nan
     finite = np.isfinite(rows[WATCHED]).all(axis=1)
     return rows if finite.all() else rows.loc[: int(finite.argmin())]
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_training import SMALL
 
 import amaml
 from amaml import experiments, plotting, records, sweep
+from amaml.training import stream, train_together
 
 
-def tiny(monkeypatch):
-    """All figures at a size that takes seconds; profile "quick"."""
+def tiny(monkeypatch, profile="quick"):
+    """Figure 1 at a size that takes seconds."""
     small = {name: SMALL[name] for name in ("data", "filters", "meta_batch_size")}
     small |= {"iterations": 12, "validation_every": 4, "validation_tasks": 3, "n_way": 3}
-    monkeypatch.setitem(experiments.PROFILES, "quick", small)
-    monkeypatch.setattr(experiments, "SEEDS", (0, 1))
+    monkeypatch.setitem(experiments.PROFILES, profile, small)
+    monkeypatch.setitem(experiments.FIGURE_1_SEEDS, profile, (0, 1))
 
 
 def test_all_runs_come_back_as_one_table_and_are_not_made_twice(tmp_path):
@@ -132,6 +139,77 @@ def test_a_figure_shows_runs_that_diverged(tmp_path, monkeypatch):
     assert len(crosses) == diverged["run"].nunique()
     final = records.final_validation(table)
     assert np.isinf(final.loc[final["status"] == "diverged", "validation_loss"]).all()
+
+
+def test_a_figure_of_the_paper_profile_is_made_piece_by_piece(tmp_path, monkeypatch, capsys):
+    tiny(monkeypatch, "paper")
+    undisturbed = sweep.figure_records(
+        *("figure_1", "paper"),
+        **{"out": tmp_path / "once", "folder": tmp_path / "other", "progress": False},
+    )
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))  # a second a look at it
+    command = ["--figure", "figure_1", "--profile", "paper", "--minutes", "0.03"]
+    command += ["--out", str(tmp_path / "runs"), "--records", str(tmp_path / "records")]
+    published = []
+    while not published or published[-1] < 12:
+        sweep.main(command)
+        table, _ = records.read_records("figure_1", "paper", tmp_path / "records")
+        published.append(table["run"].nunique())
+        assert f"{published[-1]} of 12 runs published" in capsys.readouterr().out
+        assert len(published) < 20
+    assert published[0] == 0 and len(published) > 2
+    columns = ["run", "iteration", "query_loss", "alpha", "beta", "validation_loss", "status"]
+    pd.testing.assert_frame_equal(table[columns], undisturbed[columns], rtol=1e-4)
+
+
+def test_pieces_need_neither_dask_nor_what_draws(tmp_path):
+    program = """
+import sys
+for name in ("dask", "distributed", "matplotlib", "seaborn", "torchvision", "PIL", "papermill"):
+    sys.modules[name] = None  # importing it is an error
+from amaml import experiments, sweep
+experiments.PROFILES["paper"] = experiments.PROFILES["quick"] | {"filters": 2, "iterations": 2}
+sweep.main(["--figure", "figure_1", "--profile", "paper", "--minutes", "5", *sys.argv[1:]])
+"""
+    places = ["--out", str(tmp_path / "runs"), "--records", str(tmp_path / "records")]
+    command = [sys.executable, "-c", program, *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert "30 of 30 runs published" in done.stdout, done.stderr
+
+
+def test_wrong_minutes_are_named(tmp_path):
+    config = amaml.RunConfig(**SMALL, iterations=3)
+    for minutes in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"minutes={minutes}"):
+            sweep.run_here([config], tmp_path, minutes=minutes)
+    with pytest.raises(TypeError, match="minutes='8'"):
+        sweep.run_here([config], tmp_path, minutes="8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device='cuda'"):
+            sweep.run_here([config], tmp_path, device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_test_accuracy_is_that_of_the_finished_parameters(tmp_path):
+    fields = SMALL | {
+        "iterations": 4,
+        "validation_every": 2,
+        "test_tasks": 6,
+        "test_inner_steps": 2,
+    }
+    configs = [amaml.RunConfig(**fields, seed=seed) for seed in (0, 1)]
+    for run in train_together(configs, tmp_path):
+        sampler = amaml.TaskSampler(amaml.split_characters(amaml.load_glyphs()).test, 3)
+        tasks = sampler.sample(6, stream(run.config.seed, "test tasks"))
+        network = amaml.OmniglotCNN(3, filters=run.config.filters)
+        expected = amaml.evaluate(network, run.state, tasks, inner_steps=2)
+        last = run.metrics.iloc[-1]
+        for name in ("accuracy", "accuracy_ci95", "loss", "loss_ci95"):
+            assert last[f"test_{name}"] == pytest.approx(expected[f"query_{name}"], rel=1e-4)
+        assert run.metrics["test_accuracy"].notna().sum() == 1
+    plain = amaml.train(amaml.RunConfig(**SMALL, iterations=2), tmp_path, progress=False)
+    assert "test_accuracy" not in plain.metrics
 
 
 def test_unknown_figures_and_profiles_are_named():
