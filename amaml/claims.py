@@ -1,0 +1,62 @@
+"""What the paper's claims are judged by: MAML and Alpha MAML compared, and intervals over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+COMPARED = ("won", "faster", "same", "slower", "lost", "neither")
+START = ["alpha_0", "beta_0"]
+RESAMPLES = 10_000  # where all resamples of the seeds would be more
+
+
+def compare(counted: pd.DataFrame, on: list[str] = START) -> pd.DataFrame:
+    """Alpha MAML's rows beside MAML's of the same start, with a column `compared`.
+
+    `counted` has a row a run (`grids.until_threshold`) or a cell (`grids.middle_seeds`); runs are
+    to be paired by their seeds, too: `on=[*START, "seed"]`. Counts of iterations are the same where
+    they differ by at most one validation, else faster or slower; where only Alpha MAML reaches the
+    threshold it is won, where only MAML does lost. MAML's count is in `reached_at_maml`.
+    """
+    maml = counted.loc[counted["method"] == "MAML", [*on, "reached_at"]]
+    pairs = counted[counted["method"] == "Alpha MAML"].merge(
+        maml, on=on, suffixes=("", "_maml"), validate="many_to_one"
+    )
+    more = pairs["reached_at"] - pairs["reached_at_maml"]
+    ours, theirs = pairs["reached_at"].notna(), pairs["reached_at_maml"].notna()
+    step = pairs["validation_every"]
+    cases = [ours & ~theirs, more < -step, more.abs() <= step, more > step, ~ours & theirs]
+    return pairs.assign(compared=np.select(cases, COMPARED[:-1], COMPARED[-1]))
+
+
+def interval(
+    by_seed: pd.DataFrame | pd.Series, statistic: Callable = np.mean
+) -> tuple[float, float, float]:
+    """A statistic over the seeds, and its 95 % bootstrap interval: (value, low, high).
+
+    `by_seed` has a row a seed; `statistic` takes such rows and gives a number. All resamples of the
+    seeds are taken where they are few, which leaves nothing to chance. The interval of a single
+    seed is not known: NaN.
+    """
+    n = len(by_seed)
+    value = float(statistic(by_seed))
+    if n < 2:
+        return value, np.nan, np.nan
+    if n**n <= RESAMPLES:
+        drawn = product(range(n), repeat=n)
+    else:
+        drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    resampled = [float(statistic(by_seed.iloc[list(rows)])) for rows in drawn]
+    # An observed value each, since a loss can be infinite
+    low, high = np.percentile(resampled, (2.5, 97.5), method="inverted_cdf")
+    return value, float(low), float(high)
+
+
+def shown(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
+    """A number with its interval, as it stands in a table."""
+    if np.isnan(low):
+        return form.format(value) + " (one seed)"
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
