@@ -473,7 +473,10 @@ def open_folder(folder: Path, identity: dict) -> None:
 
 
 def check_identity(folder: Path, identity: dict) -> None:
-    if records.read_json(folder / "config.json") != identity:
+    found = records.read_json(folder / "config.json")
+    if isinstance(found.get("config"), dict):  # a field that came later has its default in it
+        found["config"] = asdict(RunConfig()) | found["config"]
+    if found != identity:
         raise ValueError(
             f"{folder} holds another config than the one given; give another out, or move the "
             "folder away"

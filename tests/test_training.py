@@ -332,6 +332,22 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
+def test_a_run_from_before_a_field_was_added_is_taken_up(tmp_path):
+    config = amaml.RunConfig(**SMALL, iterations=4)
+    run = amaml.train(config, tmp_path, progress=False)
+    path = tmp_path / run.id / "config.json"
+    identity = records.read_json(path)
+    for field, value in (("test_tasks", 0), ("test_inner_steps", 1)):
+        assert identity["config"].pop(field) == value
+    records.write_json(path, identity)
+    again = amaml.train(config, tmp_path, progress=False)
+    pd.testing.assert_frame_equal(again.metrics, run.metrics)
+    identity["config"]["alpha"] = 0.2
+    records.write_json(path, identity)
+    with pytest.raises(ValueError, match="another config"):
+        amaml.train(config, tmp_path, progress=False)
+
+
 def test_a_folder_of_another_config_is_refused_and_kept(tmp_path):
     run = train(tmp_path)
     folder = tmp_path / run.id
