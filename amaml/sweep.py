@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,13 +56,15 @@ def run_all(
     with workers(client, len(configs)) as client:
         from distributed import as_completed
 
-        n_workers = max(1, len(client.scheduler_info()["workers"]))
+        n_workers = max(1, len(client.nthreads()))
         batches = batches_of(configs, runs_per_batch, n_workers)
         futures = {client.submit(train_batch, b, out, root, pure=False): b for b in batches}
+        waiting = dict(futures)
         bar = tqdm(total=len(configs), unit="run", file=sys.stdout, disable=not progress)
+        bar.set_postfix(running=running(waiting, n_workers))
         with bar:
             for future in as_completed(futures):
-                batch = futures[future]
+                batch = waiting.pop(future)
                 if future.status == "finished":
                     for run in future.result():
                         runs[run.config] = run
@@ -70,11 +73,16 @@ def run_all(
                 else:
                     failed |= dict.fromkeys(batch, future.exception())
                 bar.update(len(batch))
-                statuses = pd.Series([run.status for run in runs.values()], dtype=str)
-                counts = statuses.value_counts().to_dict()
-                bar.set_postfix(counts | ({"failed": len(failed)} if failed else {}))
+                counts = Counter(run.status for run in runs.values())
+                counts |= {"failed": len(failed)} if failed else {}
+                bar.set_postfix(running=running(waiting, n_workers), **counts)
     report(failed, len(configs))
     return pd.concat([tabulate(runs[config]) for config in configs], ignore_index=True)
+
+
+def running(waiting: dict, n_workers: int) -> int:
+    """How many runs are being made: workers take the batches in their order."""
+    return sum(len(batch) for batch in list(waiting.values())[:n_workers])
 
 
 def run_here(
