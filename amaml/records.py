@@ -376,9 +376,10 @@ def publish_runs(
 
 def enter(made_by: list[dict], run: str, result: dict) -> None:
     """Enter a run and the seconds it took into the header, under what made it."""
-    maker = {key: result[key] for key in ("commit", "clean", "versions", "machine", "threads")}
+    told = ("commit", "clean", "versions", "machine", "threads", "float32_products")
+    maker = {key: result[key] for key in told if key in result}
     for batch in made_by:
-        if all(batch.get(key) == value for key, value in maker.items()):
+        if {key: value for key, value in batch.items() if key != "runs"} == maker:
             batch["runs"][run] = result["seconds"]
             return
     made_by.append(maker | {"runs": {run: result["seconds"]}})
@@ -454,6 +455,7 @@ def provenance(device="cpu") -> dict:
             "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else "cpu",
         },
         "threads": torch.get_num_threads(),
+        "float32_products": torch.get_float32_matmul_precision(),  # "highest", or "high": TF32
     }
 
 

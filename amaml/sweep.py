@@ -318,7 +318,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--minutes", type=float, help="stop after so long, to be called again; no Dask"
     )
+    parser.add_argument(
+        "--tf32", action="store_true", help="products of float32 in TF32 on a GPU: faster, rougher"
+    )
     given = parser.parse_args(arguments)
+    if given.tf32:
+        torch.set_float32_matmul_precision("high")
     table = figure_records(
         *(given.figure, given.profile),
         **{"retrain": given.retrain, "out": given.out, "folder": given.records},

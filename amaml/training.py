@@ -333,6 +333,7 @@ def steps(runs: list[Underway], iterations: int, model, sampler, loss: Loss) -> 
     # Runs of one seed see the same tasks: these are drawn once, by the first of them.
     first = {run.config.seed: run for run in reversed(runs)}
     place = [list(first).index(run.config.seed) for run in runs]
+    place = torch.tensor(place, device=runs[0].state.alpha.device)
     state = tree_map(lambda *values: torch.stack(values), *(run.state for run in runs))
     like = state.alpha
     hyper_rates = [
