@@ -60,7 +60,8 @@ def meta_gradient(
     cross-entropy, `query_accuracy` in 0..1. All are means over the tasks of the meta-batch.
 
     `model` is any `nn.Module` without running statistics. `loss(prediction, y)` gives a scalar for
-    one task. The second-order term is left out with `first_order`. Tasks or theta in float64 give
+    one task. With `first_order` the inner gradients count as constants: the second-order term is
+    left out, and of the hypergradient, which for one inner step stays exact, what goes through it. Tasks or theta in float64 give
     results in float64. With `recompute` inner steps are computed again on the way back: memory then
     hardly grows with `inner_steps`, for about half as much time more.
 

@@ -94,7 +94,7 @@ def image_grid(images: Tensor, labels: list[str] | None = None, inch: float = 0.
     return figure
 
 
-def task_grid(tasks: Tasks, n_way: int) -> Figure:
+def task_grid(tasks: Tasks) -> Figure:
     """Support and query sets of some tasks, a row a task and a column an image.
 
     The support set stands left, the query set right, each in the order of its labels.
