@@ -61,9 +61,10 @@ def meta_gradient(
 
     `model` is any `nn.Module` without running statistics. `loss(prediction, y)` gives a scalar for
     one task. With `first_order` the inner gradients count as constants: the second-order term is
-    left out, and of the hypergradient, which for one inner step stays exact, what goes through it. Tasks or theta in float64 give
-    results in float64. With `recompute` inner steps are computed again on the way back: memory then
-    hardly grows with `inner_steps`, for about half as much time more.
+    left out, and of the hypergradient (which for one inner step stays exact) what goes through it.
+    Tasks or theta in float64 give results in float64. With `recompute` inner steps are computed
+    again on the way back: memory then hardly grows with `inner_steps`, for about half as much time
+    more.
 
     The gradient is taken task by task and averaged afterwards, never of the average: the latter
     order of `torch.func` transforms is silently wrong through torch's own normalisation layers.
