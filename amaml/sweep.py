@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from amaml import experiments, records
+from amaml import experiments, files, records
 from amaml.config import RunConfig
 from amaml.data import as_device
 from amaml.training import Run, shape, train, train_together
@@ -273,7 +273,7 @@ def figure_records(
         finished = [
             (
                 records.thin(tabulate(run, labels[run.id]), experiments.points(figure)),
-                records.read_json(Path(out) / run.id / "result.json"),
+                files.read_json(Path(out) / run.id / "result.json"),
             )
             for run in waiting
         ]

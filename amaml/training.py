@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from amaml import records
+from amaml import checkpoints, files, provenance
 from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step, summary
 from amaml.arguments import Loss
 from amaml.backward import query_metrics
@@ -106,7 +106,7 @@ def train(
     if validation_sampler:
         samplers = samplers._replace(validation=validation_sampler, test=validation_sampler)
     model = deepcopy(model).to(device) if model else network_of(config).to(device)
-    with records.lock(folder):
+    with files.lock(folder):
         if not (folder / "result.json").exists():  # or another process has just made it
             run = begin(config, folder, identity, model, samplers, device)
             bar = tqdm(
@@ -155,7 +155,7 @@ def train_together(
     samplers = samplers_of(configs[0], root, device)
     with ExitStack() as locks:
         for folder in sorted(folders.values()):  # in one order everywhere: no two wait in a circle
-            locks.enter_context(records.lock(folder))
+            locks.enter_context(files.lock(folder))
         running = []
         for config, folder in folders.items():
             identity = {"config": asdict(config), "own": {}}
@@ -257,11 +257,11 @@ def begin(config, folder, identity, model, samplers, device) -> Underway:
     iteration, seconds = 0, 0.0
     open_folder(folder, identity)
     if (folder / "checkpoint.safetensors").exists():
-        saved, iteration, seconds = records.load_checkpoint(folder / "checkpoint.safetensors")
+        saved, iteration, seconds = checkpoints.load_checkpoint(folder / "checkpoint.safetensors")
         generator.set_state(saved.pop("generator"))
         state = restore_state(saved, device)
-    records.truncate_metrics(folder / "metrics.csv")
-    maker = records.provenance(device)
+    checkpoints.truncate_metrics(folder / "metrics.csv")
+    maker = provenance.here(device)
     return Underway(config, folder, validation, generator, state, iteration, seconds, maker)
 
 
@@ -391,13 +391,13 @@ def enter(rows: pd.DataFrame, kind: str, measured: dict[str, float]) -> None:
 
 def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
     """Append a run's new rows; write its checkpoint where that is due, its result at the end."""
-    records.append_metrics(run.folder / "metrics.csv", rows)
+    checkpoints.append_metrics(run.folder / "metrics.csv", rows)
     if checkpoint_due or run.status != "running":
         checkpoint(run)
     if run.status != "running":
         result = {"status": run.status, "iteration": run.iteration}
         result |= {"seconds": round(run.seconds, 1)} | run.maker
-        records.write_json(run.folder / "result.json", result)
+        files.write_json(run.folder / "result.json", result)
 
 
 def leave(runs: list[Underway]) -> None:
@@ -410,7 +410,7 @@ def leave(runs: list[Underway]) -> None:
 def checkpoint(run: Underway) -> None:
     tensors = {**run.state._asdict(), "generator": run.generator.get_state()}
     path = run.folder / "checkpoint.safetensors"
-    records.save_checkpoint(path, tensors, run.iteration, run.seconds)
+    checkpoints.save_checkpoint(path, tensors, run.iteration, run.seconds)
 
 
 def shape(config: RunConfig) -> RunConfig:
@@ -446,10 +446,10 @@ def show(bar: tqdm, iterations: int, row: pd.Series) -> None:
 
 def read_run(folder: Path, config: RunConfig, device="cpu") -> Run:
     """A finished run from its folder."""
-    result = records.read_json(folder / "result.json")
-    saved, _, _ = records.load_checkpoint(folder / "checkpoint.safetensors")
+    result = files.read_json(folder / "result.json")
+    saved, _, _ = checkpoints.load_checkpoint(folder / "checkpoint.safetensors")
     saved.pop("generator")
-    metrics = records.read_metrics(folder / "metrics.csv")
+    metrics = checkpoints.read_metrics(folder / "metrics.csv")
     state = restore_state(saved, device)
     return Run(folder.name, config, result["status"], result["iteration"], metrics, state)
 
@@ -470,11 +470,11 @@ def open_folder(folder: Path, identity: dict) -> None:
     if (folder / "config.json").exists():
         check_identity(folder, identity)
     else:
-        records.write_json(folder / "config.json", identity)
+        files.write_json(folder / "config.json", identity)
 
 
 def check_identity(folder: Path, identity: dict) -> None:
-    found = records.read_json(folder / "config.json")
+    found = files.read_json(folder / "config.json")
     if isinstance(found.get("config"), dict):  # a field that came later has its default in it
         found["config"] = asdict(RunConfig()) | found["config"]
     if found != identity:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from amaml import records
+from amaml import provenance, records
 from benchmarks import costs, measures, peers, processes
 from benchmarks.measures import AMAML, PRODUCT, Bench
 
@@ -84,9 +84,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def describe(bench: Bench) -> dict:
     """What makes the numbers: provenance as of all records, and what is particular to speed."""
     libraries = {name: library for name, (_, _, library) in peers.PEERS.items() if library}
-    maker = records.provenance(bench.device)
+    maker = provenance.here(bench.device)
     maker["versions"] |= {
-        library: records.package(library) or "source checkout"
+        library: provenance.package(library) or "source checkout"
         for name, library in libraries.items()
         if peers.installed(name)
     }

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_rgba
 
 import amaml
-from amaml import grids, plotting, records
+from amaml import grids, plotting, provenance, records
 from amaml.sweep import tabulate
 
 LIMIT = 40
@@ -184,7 +184,7 @@ def test_the_view_is_a_picture_in_batch_and_widgets_in_jupyterlab(table, monkeyp
 
 
 def test_the_source_of_a_figure_names_data_seeds_and_commit(table, tmp_path):
-    maker = records.provenance() | {
+    maker = provenance.here() | {
         "commit": "0123456789abcdef",
         "clean": False,
         "runs": {table["run"].iloc[0]: 7200, "of another figure": 3600},

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import amaml
-from amaml import data, records
+from amaml import checkpoints, data, files, records
 
 CONFIG = amaml.RunConfig(
     data="glyphs", n_way=2, filters=2, meta_batch_size=1, iterations=5, validation_tasks=2
@@ -58,8 +58,8 @@ def read(folder: Path):
         return table.to_csv(), made_by
     run = train(folder)
     assert run.id == CONFIG.id
-    result = records.read_json(folder / run.id / "result.json")
-    tensors = {k: v.numpy().tobytes() for k, v in records.flatten(run.state._asdict()).items()}
+    result = files.read_json(folder / run.id / "result.json")
+    tensors = {k: v.numpy().tobytes() for k, v in checkpoints.flatten(run.state._asdict()).items()}
     return run.status, run.iteration, run.metrics.to_csv(), tensors, result
 
 
@@ -137,35 +137,37 @@ def test_a_damaged_cache_is_made_again_and_says_so(tmp_path):
 def test_rows_before_the_checkpoint_are_vouched_for_and_those_after_it_cut(tmp_path):
     metrics, checkpoint = tmp_path / "metrics.csv", tmp_path / "checkpoint.safetensors"
     table = pd.DataFrame({"iteration": [1, 2], "query_loss": [0.1, 1e-300]})
-    records.append_metrics(metrics, table)
-    assert records.read_metrics(metrics).empty  # no checkpoint vouches for them yet
-    records.save_checkpoint(checkpoint, {"alpha": torch.tensor(0.1)}, 2, 1.0)
+    checkpoints.append_metrics(metrics, table)
+    assert checkpoints.read_metrics(metrics).empty  # no checkpoint vouches for them yet
+    checkpoints.save_checkpoint(checkpoint, {"alpha": torch.tensor(0.1)}, 2, 1.0)
     whole = metrics.read_bytes()
     for after in (b"3,0.2\n", b"3,0.", b"nonsense"):
         metrics.write_bytes(whole + after)
-        pd.testing.assert_frame_equal(records.read_metrics(metrics), table, check_exact=True)
-        records.truncate_metrics(metrics)
+        pd.testing.assert_frame_equal(checkpoints.read_metrics(metrics), table, check_exact=True)
+        checkpoints.truncate_metrics(metrics)
         assert metrics.read_bytes() == whole
     metrics.write_bytes(whole.replace(b"0.1", b"0.7"))
     with pytest.raises(ValueError, match=r"metrics.csv is damaged.*anew"):
-        records.truncate_metrics(metrics)
+        checkpoints.truncate_metrics(metrics)
 
 
 def test_other_layouts_are_refused_by_name(written, monkeypatch):
     out = written["config.json"].parent.parent
-    monkeypatch.setattr(records, "LAYOUT", records.LAYOUT + 1)
-    words = f"has layout {records.LAYOUT - 1}, this version reads {records.LAYOUT}; use the version"
+    newer = files.LAYOUT + 1
+    for module in (files, checkpoints):
+        monkeypatch.setattr(module, "LAYOUT", newer)
+    words = f"has layout {files.LAYOUT - 1}, this version reads {files.LAYOUT}; use the version"
     for name in RECORD_FILES[1:]:
         with pytest.raises(ValueError, match=f"{name} {words}.*train again"):
             read(written[name].parent)
     for name in ("config.json", "checkpoint.safetensors"):
         with pytest.raises(ValueError, match=f"{name} {words}.*anew"):
-            read(out) if name == "config.json" else records.load_checkpoint(written[name])
+            read(out) if name == "config.json" else checkpoints.load_checkpoint(written[name])
     monkeypatch.undo()
     older = written["config.json"].with_name("older.json")
     older.write_text('{"config": {}}')  # of the time before layouts were written everywhere
     with pytest.raises(ValueError, match="older.json has layout None, this version reads"):
-        records.read_json(older)
+        files.read_json(older)
     older.unlink()
 
 
@@ -232,10 +234,10 @@ def test_what_a_name_stands_for_is_on_the_disk_first(tmp_path, monkeypatch):
 
     if not Path("/proc/self/fd").exists():
         pytest.skip("the names of open files are read from /proc")
-    records.append_metrics(tmp_path / "metrics.csv", pd.DataFrame({"iteration": [1]}))
+    checkpoints.append_metrics(tmp_path / "metrics.csv", pd.DataFrame({"iteration": [1]}))
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
-    records.save_checkpoint(tmp_path / "c.safetensors", {"alpha": torch.tensor(0.1)}, 1, 1.0)
+    checkpoints.save_checkpoint(tmp_path / "c.safetensors", {"alpha": torch.tensor(0.1)}, 1, 1.0)
     assert steps == [
         "metrics.csv", "c.safetensors.part", "rename to c.safetensors", tmp_path.name,
     ]  # fmt: skip
@@ -261,10 +263,10 @@ def fill_the_disk(folder: Path) -> None:
     many = np.random.default_rng(0).random(10_000)
     weights, table = torch.tensor(many), pd.DataFrame({"run": "a", "query_loss": many})
     calls = [
-        lambda n: records.save_checkpoint(folder / "c.safetensors", {"w": weights[:n]}, n, 1.0),
-        lambda n: records.append_metrics(folder / "metrics.csv", table[:n]),
+        lambda n: checkpoints.save_checkpoint(folder / "c.safetensors", {"w": weights[:n]}, n, 1.0),
+        lambda n: checkpoints.append_metrics(folder / "metrics.csv", table[:n]),
         lambda n: records.write_records("figure_9", "small", table[:n], [], folder),
-        lambda n: records.write_json(folder / "result.json", {"many": many[:n].tolist()}),
+        lambda n: files.write_json(folder / "result.json", {"many": many[:n].tolist()}),
         lambda n: data.write_packed(folder / "packed.npz", (255 * many[:n]).astype("uint8"), "a"),
     ]
     for call in calls:
@@ -284,15 +286,15 @@ def test_a_full_disk_is_explained_and_leaves_the_last_good_files(tmp_path):
     names = ("c.safetensors", "metrics.csv", "figure_9-small.csv.gz", "result.json", "packed.npz")
     for message, name in zip(messages, names, strict=True):
         assert name in message and "make room there, or give a" in message
-    assert len(records.load_checkpoint(tmp_path / "c.safetensors")[0]["w"]) == 10
+    assert len(checkpoints.load_checkpoint(tmp_path / "c.safetensors")[0]["w"]) == 10
     assert len(records.read_records("figure_9", "small", tmp_path)[0]) == 10
-    assert len(records.read_json(tmp_path / "result.json")["many"]) == 10
+    assert len(files.read_json(tmp_path / "result.json")["many"]) == 10
     assert data.read_packed(tmp_path / "packed.npz")[0].shape == (10,)
     assert not list(tmp_path.glob("*.part"))
 
 
 def hold(folder: Path, until: int) -> None:
-    with records.lock(folder):
+    with files.lock(folder):
         print("held")
         os.read(until, 1)
 
@@ -312,9 +314,9 @@ def test_a_second_process_waits_says_so_and_goes_on_when_the_first_is_killed(tmp
 
 
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     with pytest.warns(UserWarning, match="cannot be locked.*no two processes"):
-        with records.lock(tmp_path):
+        with files.lock(tmp_path):
             pass
 
 
@@ -393,12 +395,12 @@ def test_any_table_comes_back_bit_for_bit(content):
 )
 def test_any_json_comes_back(content):
     with tempfile.TemporaryDirectory() as folder:
-        records.write_json(Path(folder) / "x.json", content)
-        assert records.read_json(Path(folder) / "x.json") == json.loads(json.dumps(content))
+        files.write_json(Path(folder) / "x.json", content)
+        assert files.read_json(Path(folder) / "x.json") == json.loads(json.dumps(content))
 
 
 def test_errors_of_writing_keep_their_class(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="cannot be written.*give another out") as raised:
-        records.write_json(tmp_path / "file" / "x.json", {})
+        files.write_json(tmp_path / "file" / "x.json", {})
     assert raised.value.errno == errno.ENOTDIR

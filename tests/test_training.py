@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import amaml
-from amaml import records
+from amaml import checkpoints, files, records
 from amaml.config import digest
 from amaml.training import stream, train_together
 
@@ -40,7 +40,7 @@ def train(out, iterations=9, **fields) -> amaml.Run:
 
 def same(a: amaml.Run, b: amaml.Run) -> bool:
     """Metrics and state bit for bit."""
-    states = [records.flatten(run.state._asdict()) for run in (a, b)]
+    states = [checkpoints.flatten(run.state._asdict()) for run in (a, b)]
     return a.metrics.equals(b.metrics) and all(
         value.numpy().tobytes() == states[1][name].numpy().tobytes()
         for name, value in states[0].items()
@@ -224,7 +224,7 @@ def test_runs_that_a_kill_left_apart_go_on_together(tmp_path):
             (tmp_path / shorter.id / "result.json").unlink()
             (tmp_path / shorter.id).rename(tmp_path / config.id)
             identity = {"config": asdict(config), "own": {}}
-            records.write_json(tmp_path / config.id / "config.json", identity)
+            files.write_json(tmp_path / config.id / "config.json", identity)
     resumed = train_together(configs, tmp_path, checkpoint_every=3)
     for run, expected in zip(resumed, undisturbed, strict=True):
         assert run.metrics["iteration"].tolist() == list(range(1, 13))
@@ -336,14 +336,14 @@ def test_a_run_from_before_a_field_was_added_is_taken_up(tmp_path):
     config = amaml.RunConfig(**SMALL, iterations=4)
     run = amaml.train(config, tmp_path, progress=False)
     path = tmp_path / run.id / "config.json"
-    identity = records.read_json(path)
+    identity = files.read_json(path)
     for field, value in (("test_tasks", 0), ("test_inner_steps", 1)):
         assert identity["config"].pop(field) == value
-    records.write_json(path, identity)
+    files.write_json(path, identity)
     again = amaml.train(config, tmp_path, progress=False)
     pd.testing.assert_frame_equal(again.metrics, run.metrics)
     identity["config"]["alpha"] = 0.2
-    records.write_json(path, identity)
+    files.write_json(path, identity)
     with pytest.raises(ValueError, match="another config"):
         amaml.train(config, tmp_path, progress=False)
 
@@ -351,9 +351,9 @@ def test_a_run_from_before_a_field_was_added_is_taken_up(tmp_path):
 def test_a_folder_of_another_config_is_refused_and_kept(tmp_path):
     run = train(tmp_path)
     folder = tmp_path / run.id
-    written = records.read_json(folder / "config.json")
+    written = files.read_json(folder / "config.json")
     written["config"]["alpha"] = 7.0
-    records.write_json(folder / "config.json", written)
+    files.write_json(folder / "config.json", written)
     before = (folder / "metrics.csv").read_bytes()
     with pytest.raises(ValueError, match="holds another config.*another out"):
         train(tmp_path)
@@ -425,10 +425,10 @@ def test_final_validation_by_hand():
 def test_checkpoints_of_another_layout_or_damaged_are_refused_by_name(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     nested = {"theta": {"a.weight": torch.randn(3)}, "alpha": torch.tensor(0.1)}
-    records.save_checkpoint(path, nested, 7, 1.5)
-    read, iteration, seconds = records.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, nested, 7, 1.5)
+    read, iteration, seconds = checkpoints.load_checkpoint(path)
     assert torch.equal(read["theta"]["a.weight"], nested["theta"]["a.weight"])
     assert (iteration, seconds) == (7, 1.5)
     os.truncate(path, 40)
     with pytest.raises(ValueError, match="checkpoint.safetensors is damaged.*anew"):
-        records.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
