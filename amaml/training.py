@@ -164,7 +164,7 @@ def train_together(
             else:
                 network = network_of(config).to(device)
                 run = begin(config, folder, identity, network, samplers, device)
-                running.append(run)
+                running += [run] if run.status == "running" else []
         model = network_of(configs[0]).to(device)  # each run has parameters of its own
         bar = tqdm(
             total=configs[0].iterations,
@@ -262,7 +262,12 @@ def begin(config, folder, identity, model, samplers, device) -> Underway:
         state = restore_state(saved, device)
     checkpoints.truncate_metrics(folder / "metrics.csv")
     maker = provenance.here(device)
-    return Underway(config, folder, validation, generator, state, iteration, seconds, maker)
+    run = Underway(config, folder, validation, generator, state, iteration, seconds, maker)
+    if iteration:
+        run.status = status_after(config, checkpoints.read_metrics(folder / "metrics.csv"))
+        if run.status != "running":  # killed between its last checkpoint and its result
+            write_result(run)
+    return run
 
 
 def advance(
@@ -282,25 +287,16 @@ def advance(
     flush_every = FLUSH_EVERY[runs[0].state.alpha.device.type]
     intervals = (flush_every, config.validation_every, checkpoint_every, config.iterations)
     stop = min(*((iteration // n + 1) * n for n in intervals), *ahead, config.iterations)
-    last = stop == config.iterations
     pending = steps(runs, stop - iteration, model, samplers.train, loss)
     tables = [to_rows(metrics, stop, config) for metrics in pending]
-    for run, rows in zip(runs, tables, strict=True):
-        run.iteration = int(rows["iteration"].iloc[-1])
-        if not np.isfinite(rows[WATCHED].iloc[-1]).all():
-            run.status = "diverged"
-        elif last:
-            run.status = "done"
-    if last or stop % config.validation_every == 0:
-        finite = [pair for pair in zip(runs, tables, strict=True) if pair[0].status != "diverged"]
+    if validation_due(config, stop):
+        pairs = zip(runs, tables, strict=True)
+        finite = [pair for pair in pairs if np.isfinite(pair[1][WATCHED].iloc[-1]).all()]
         validated = evaluations([run for run, _ in finite], model, loss)
-        for (run, rows), measured in zip(finite, validated, strict=True):
+        for (_, rows), measured in zip(finite, validated, strict=True):
             enter(rows, "validation", measured)
-            if not math.isfinite(measured["query_loss"]):
-                run.status = "diverged"
-            elif config.threshold is not None and measured["query_loss"] <= config.threshold:
-                run.status = "reached"
     for run, rows in zip(runs, tables, strict=True):
+        run.iteration, run.status = int(rows["iteration"].iloc[-1]), status_after(config, rows)
         if config.test_tasks and run.status in ("done", "reached"):
             enter(rows, "test", on_test_tasks(run, model, samplers.test, loss))
     seconds = (time.perf_counter() - started) / len(runs)
@@ -355,6 +351,21 @@ def steps(runs: list[Underway], iterations: int, model, sampler, loss: Loss) -> 
     ]
 
 
+def validation_due(config: RunConfig, iteration: int) -> bool:
+    return iteration % config.validation_every == 0 or iteration == config.iterations
+
+
+def status_after(config: RunConfig, rows: pd.DataFrame) -> str:
+    """A run's status by the last of its rows: "running", or how it ended (see `Run`)."""
+    row = rows.iloc[-1]
+    validated = ["validation_loss"] if validation_due(config, int(row["iteration"])) else []
+    if not np.isfinite(row[WATCHED + validated]).all():
+        return "diverged"
+    if config.threshold is not None and row["validation_loss"] <= config.threshold:
+        return "reached"
+    return "done" if row["iteration"] == config.iterations else "running"
+
+
 def evaluations(runs: list[Underway], model: nn.Module, loss: Loss) -> list[dict[str, float]]:
     """Each run's state on its validation tasks, as `evaluate` measures it."""
     if len(runs) < 2:
@@ -395,9 +406,13 @@ def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
     if checkpoint_due or run.status != "running":
         checkpoint(run)
     if run.status != "running":
-        result = {"status": run.status, "iteration": run.iteration}
-        result |= {"seconds": round(run.seconds, 1)} | run.maker
-        files.write_json(run.folder / "result.json", result)
+        write_result(run)
+
+
+def write_result(run: Underway) -> None:
+    result = {"status": run.status, "iteration": run.iteration}
+    result |= {"seconds": round(run.seconds, 1)} | run.maker
+    files.write_json(run.folder / "result.json", result)
 
 
 def leave(runs: list[Underway]) -> None:

@@ -132,6 +132,24 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert same(whole, resumed)
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [({}, "done"), ({"beta": 1e38}, "diverged"), ({"threshold": 9.0}, "reached")],
+)
+def test_a_run_killed_just_before_its_result_ends_as_it_did(tmp_path, fields, status):
+    whole = train(tmp_path, **fields)
+    path = tmp_path / whole.id / "result.json"
+    result = files.read_json(path)
+    for make in (
+        lambda: train(tmp_path, **fields),
+        lambda: train_together([whole.config], tmp_path)[0],
+    ):
+        path.unlink()
+        again = make()
+        assert same(whole, again) and (again.status, again.iteration) == (status, whole.iteration)
+        assert files.read_json(path) == result
+
+
 def test_the_threshold_ends_a_run(tmp_path):
     whole = train(tmp_path, iterations=40, alpha=0.4, beta=0.3)
     losses = whole.metrics.dropna(subset="validation_loss").set_index("iteration")
