@@ -159,7 +159,8 @@ def figure_1(table: pd.DataFrame) -> Figure:
                 )  # fmt: skip
             axis.set(xlabel="iteration t", ylabel=rows[quantity] if column == 0 else "")
             if quantity in ("training_loss", "validation_loss"):
-                loss_axis(axis, table[quantity][~diverged], table["n_way"].max())
+                losses = table[quantity] if diverged.all() else table[quantity][~diverged]
+                loss_axis(axis, losses, table["n_way"].max())
             elif len(values):
                 low, high = 1.1 * values[quantity].min(), 1.1 * values[quantity].max()
                 axis.set_ylim(min(0, low), max(0, high))
@@ -185,9 +186,11 @@ def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
 
 def loss_axis(axis, losses: pd.Series, n_way: int) -> None:
     """A logarithmic axis that holds all losses up to 20 times guessing, which is a dotted line."""
-    highest = min(losses[np.isfinite(losses)].max(), 20 * math.log(n_way))
-    axis.set(yscale="log", ylim=(0.9 * losses.min(), 1.1 * highest))
-    axis.axhline(math.log(n_way), color="0.6", linestyle=":", linewidth=0.8)
+    guessing = math.log(n_way)
+    losses = losses[np.isfinite(losses)].clip(upper=20 * guessing)
+    low, high = (losses.min(), losses.max()) if len(losses) else (guessing, guessing)
+    axis.set(yscale="log", ylim=(0.9 * low, 1.1 * high))
+    axis.axhline(guessing, color="0.6", linestyle=":", linewidth=0.8)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
