@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from dataclasses import replace
@@ -119,11 +120,11 @@ def iterations(moments: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What an undisturbed run leaves, and all its moments."""
+    """What an undisturbed run leaves, all its moments, and its folder."""
     folder = tmp_path_factory.mktemp("undisturbed") / "runs"
     code, moments = train(folder)
     assert code == 0 and iterations(moments) == CONFIG.iterations
-    return content(folder), moments
+    return content(folder), moments, folder / CONFIG.id
 
 
 def draw(moments: list[str], words: str, count: int, rng) -> list[tuple[int, str]]:
@@ -144,7 +145,7 @@ KILLS = {"iteration": 8, "metrics.csv": 8, "checkpoint": 8, "result.json": 4, "c
 
 @pytest.mark.parametrize("kind", KILLS)
 def test_killed_at_any_moment_a_run_is_resumed_bit_for_bit(undisturbed, tmp_path, kind):
-    whole, moments = undisturbed
+    whole, moments, _ = undisturbed
     rng = np.random.default_rng((SEED, list(KILLS).index(kind)))
     drawn = draw(moments, kind, KILLS[kind], rng)
     assert len(drawn) == KILLS[kind]
@@ -162,7 +163,7 @@ def test_killed_at_any_moment_a_run_is_resumed_bit_for_bit(undisturbed, tmp_path
 
 def test_killed_again_and_again_a_run_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
     """Each process goes on where the one before was killed, also while it was resuming."""
-    whole, _ = undisturbed
+    whole, _, _ = undisturbed
     rng, folder, killed, resumed = np.random.default_rng(SEED), tmp_path / "runs", 0, set()
     while True:
         number, part = int(rng.integers(4, 24)), str(rng.choice(["before", "half", "after"]))
@@ -178,7 +179,7 @@ def test_killed_again_and_again_a_run_ends_as_if_nothing_had_happened(undisturbe
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_at_any_moment_a_run_loses_no_iteration(undisturbed, tmp_path, signum):
-    whole, moments = undisturbed
+    whole, moments, _ = undisturbed
     drawn = draw(moments[4:], "iteration metrics checkpoint result", 9, np.random.default_rng(SEED))
     drawn = [(4, "before"), *((number + 4, part) for number, part in drawn)]  # after config.json
     assert moments[4].startswith("iteration")
@@ -197,6 +198,27 @@ def test_stopped_at_any_moment_a_run_loses_no_iteration(undisturbed, tmp_path, s
         assert code == 0 and iterations(before) + iterations(after) == CONFIG.iterations, where
         assert content(folder) == whole, where
     assert unfinished >= 5
+
+
+def child_on_a_full_disk(out: Path, limit: int) -> None:
+    """Train where no file may have more than `limit` bytes; 28 if the error says what to do."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        amaml.train(CONFIG, out, progress=False, checkpoint_every=CHECKPOINT_EVERY)
+    except OSError as error:
+        sys.exit(28 if "make room there, or give another out" in str(error) else 1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "checkpoint.safetensors"])
+def test_a_run_that_met_a_full_disk_goes_on_when_there_is_room(undisturbed, tmp_path, name):
+    whole, _, made = undisturbed
+    folder, limit = tmp_path / "runs", (made / name).stat().st_size - 1
+    process = CONTEXT.Process(target=child_on_a_full_disk, args=(folder, limit))
+    process.start()
+    process.join()
+    assert process.exitcode == 28 and not (folder / CONFIG.id / "result.json").exists()
+    assert train(folder)[0] == 0 and content(folder) == whole
 
 
 def test_a_sweep_whose_workers_are_killed_gives_the_same_table(tmp_path):

@@ -293,6 +293,34 @@ def test_a_full_disk_is_explained_and_leaves_the_last_good_files(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+class Never:
+    """A sampler that must not be asked."""
+
+    def sample(self, meta_batch_size, generator):
+        raise AssertionError("something was computed")
+
+
+def train_where_nobody_may_write(folder: Path) -> None:
+    if os.geteuid() == 0:  # who may write everywhere
+        os.seteuid(65534)
+    own = {"model": torch.nn.Linear(1, 1), "sampler": Never(), "loss": torch.nn.functional.mse_loss}
+    try:
+        amaml.train(CONFIG, folder, **own, progress=False)
+    except PermissionError as error:
+        print(error)
+
+
+def test_a_folder_that_is_read_only_is_refused_before_anything_is_computed():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        process, said = fork(train_where_nobody_may_write, Path(folder))
+        message = said.read()
+        process.join()
+        os.chmod(folder, 0o755)
+        assert process.exitcode == 0 and not list(Path(folder).iterdir())
+    assert folder in message and "cannot be written" in message and "give another out" in message
+
+
 def hold(folder: Path, until: int) -> None:
     with files.lock(folder):
         print("held")
