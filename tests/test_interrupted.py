@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import amaml
-from amaml import alpha_maml, records
+from amaml import alpha_maml, checkpoints, files
 
 CONFIG = amaml.RunConfig(
     data="glyphs", n_way=2, filters=2, meta_batch_size=1, iterations=14, validation_every=5,
@@ -107,9 +107,9 @@ def train(
 def content(folder: Path) -> tuple[bytes, dict, dict]:
     """The metrics, the final checkpoint's tensors as bytes, and how the run ended."""
     run = folder / CONFIG.id
-    saved, iteration, _ = records.load_checkpoint(run / "checkpoint.safetensors")
-    tensors = {name: value.numpy().tobytes() for name, value in records.flatten(saved).items()}
-    result = records.read_json(run / "result.json")
+    saved, iteration, _ = checkpoints.load_checkpoint(run / "checkpoint.safetensors")
+    tensors = {name: value.numpy().tobytes() for name, value in checkpoints.flatten(saved).items()}
+    result = files.read_json(run / "result.json")
     ended = {"iteration": result["iteration"], "status": result["status"], "checkpoint": iteration}
     return (run / "metrics.csv").read_bytes(), tensors, ended
 
@@ -189,10 +189,12 @@ def test_stopped_at_any_moment_a_run_loses_no_iteration(undisturbed, tmp_path, s
         code, before = train(folder, number, part, signum)
         assert code == (130 if signum == signal.SIGINT else -signum), where
         run = folder / CONFIG.id
-        _, iteration, _ = records.load_checkpoint(run / "checkpoint.safetensors")
+        _, iteration, _ = checkpoints.load_checkpoint(run / "checkpoint.safetensors")
         assert iteration == iterations(before), where
         rows = (run / "metrics.csv").read_bytes()
-        assert len(records.read_metrics(run / "metrics.csv")) == iteration == rows.count(b"\n") - 1
+        assert (
+            len(checkpoints.read_metrics(run / "metrics.csv")) == iteration == rows.count(b"\n") - 1
+        )
         unfinished += not (run / "result.json").exists()
         code, after = train(folder)
         assert code == 0 and iterations(before) + iterations(after) == CONFIG.iterations, where

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import amaml
-from amaml import records
+from amaml import checkpoints
 
 CONFIG = amaml.RunConfig(
     data="glyphs", n_way=2, filters=1, meta_batch_size=1, iterations=3000, validation_every=100,
@@ -56,7 +56,7 @@ def test_three_thousand_iterations_hold_no_more_than_one_thousand(tmp_path):
     assert memory_later == pytest.approx(memory, rel=0.02)
     metrics = tmp_path / run / "metrics.csv"
     lines = metrics.read_bytes().splitlines(keepends=True)[1:]
-    assert len(lines) == CONFIG.iterations == len(records.read_metrics(metrics))
+    assert len(lines) == CONFIG.iterations == len(checkpoints.read_metrics(metrics))
     sizes = [sum(map(len, lines[start : start + 1000])) for start in (0, 2000)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
     assert len(list((tmp_path / run).iterdir())) == 5  # with the lock
