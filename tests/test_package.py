@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import amaml
-from amaml import records
+from amaml import grids, records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,3 +63,17 @@ def test_the_numbers_on_the_front_page_are_those_of_the_records():
     for case in table["case"].unique():
         row = [f"{loss[case, method]:.2f}" for method in ("MAML", "Alpha MAML")]
         assert f"| {case} | {' | '.join(row)} |" in index
+
+
+def test_the_grid_on_the_front_page_is_that_of_the_records():
+    index = (ROOT / "book" / "index.md").read_text()
+    table, _ = records.read_records("figures_2_3", "medium")
+    cells = grids.middle_seeds(table)
+    for (hyper_rate, _), row in cells.groupby(grids.HYPER_RATES):
+        method = rf"Alpha MAML, $h_\alpha = h_\beta = {hyper_rate:g}$" if hyper_rate else "MAML"
+        reached = (row["outcome"] == "reached").sum()
+        assert f"| {method} | {reached} of {len(row)} |" in index
+    run = table.iloc[0]
+    size = f"meta-batch of {run['meta_batch_size']} tasks, at most {run['iterations']} iterations"
+    assert f"{size}, {table['seed'].nunique()} seeds" in " ".join(index.split())
+    assert f"reaches {run['threshold']:.1f}" in index
