@@ -18,16 +18,17 @@ def compare(counted: pd.DataFrame, on: list[str] = START) -> pd.DataFrame:
 
     `counted` has a row a run (`grids.until_threshold`) or a cell (`grids.middle_seeds`); runs are
     to be paired by their seeds, too: `on=[*START, "seed"]`. Counts of iterations are the same where
-    they differ by at most one validation, else faster or slower; where only Alpha MAML reaches the
-    threshold it is won, where only MAML does lost. MAML's count is in `reached_at_maml`.
+    they differ by at most one validation or a tenth, else faster or slower; where only Alpha MAML
+    reaches the threshold it is won, where only MAML does lost. MAML's count and outcome are in
+    `reached_at_maml` and `outcome_maml`.
     """
-    maml = counted.loc[counted["method"] == "MAML", [*on, "reached_at"]]
+    maml = counted.loc[counted["method"] == "MAML", [*on, "reached_at", "outcome"]]
     pairs = counted[counted["method"] == "Alpha MAML"].merge(
         maml, on=on, suffixes=("", "_maml"), validate="many_to_one"
     )
     more = pairs["reached_at"] - pairs["reached_at_maml"]
     ours, theirs = pairs["reached_at"].notna(), pairs["reached_at_maml"].notna()
-    step = pairs["validation_every"]
+    step = np.maximum(pairs["validation_every"], 0.1 * pairs["reached_at_maml"])
     cases = [ours & ~theirs, more < -step, more.abs() <= step, more > step, ~ours & theirs]
     return pairs.assign(compared=np.select(cases, COMPARED[:-1], COMPARED[-1]))
 
@@ -39,7 +40,7 @@ def interval(
 
     `by_seed` has a row a seed; `statistic` takes such rows and gives a number. All resamples of the
     seeds are taken where they are few, which leaves nothing to chance. The interval of a single
-    seed is not known: NaN.
+    seed, or of a statistic that some resample does not have, is not known: NaN.
     """
     n = len(by_seed)
     value = float(statistic(by_seed))
@@ -52,11 +53,13 @@ def interval(
     resampled = [float(statistic(by_seed.iloc[list(rows)])) for rows in drawn]
     # An observed value each, since a loss can be infinite
     low, high = np.percentile(resampled, (2.5, 97.5), method="inverted_cdf")
-    return value, float(low), float(high)
+    return (
+        (value, np.nan, np.nan) if np.isnan(resampled).any() else (value, float(low), float(high))
+    )
 
 
 def shown(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
     """A number with its interval, as it stands in a table."""
     if np.isnan(low):
-        return form.format(value) + " (one seed)"
+        return form.format(value) + " (no interval)"
     return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"

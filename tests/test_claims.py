@@ -12,7 +12,10 @@ from amaml import claims
 def counted(rows):
     """Rows (method, alpha_0, seed, reached_at), as `until_threshold` gives them."""
     table = pd.DataFrame(rows, columns=["method", "alpha_0", "seed", "reached_at"])
-    return table.assign(beta_0=1.0, validation_every=5, hyper_alpha=0.0, hyper_beta=0.0)
+    reached = np.where(table["reached_at"].notna(), "reached", "not reached")
+    return table.assign(
+        outcome=reached, beta_0=1.0, validation_every=5, hyper_alpha=0.0, hyper_beta=0.0
+    )
 
 
 def test_each_way_that_two_runs_compare():
@@ -23,6 +26,8 @@ def test_each_way_that_two_runs_compare():
         (40, 35, "same"),
         (40, 45, "same"),
         (40, 50, "slower"),
+        (150, 165, "same"),
+        (150, 170, "slower"),
         (40, nan, "lost"),
         (nan, nan, "neither"),
     ]
@@ -51,6 +56,8 @@ def test_the_interval_of_three_seeds_by_hand():
     assert (value, low, high) == (0.2, 0.0, 0.6)  # P(at most 2) = 0.942, P(at most 3) = 0.993
     value, low, high = claims.interval(pd.Series([4.0]))
     assert value == 4 and np.isnan(low) and np.isnan(high)
+    _, low, high = claims.interval(pd.Series([0.0, 1.0]), lambda x: 1.0 if x.any() else np.nan)
+    assert np.isnan(low) and np.isnan(high)
 
 
 def test_the_interval_of_a_ratio_keeps_seeds_together_and_infinity():
@@ -72,4 +79,4 @@ def test_many_seeds_are_drawn_and_drawn_alike():
 
 def test_how_an_interval_is_shown():
     assert claims.shown(0.5, 0.25, 1.0) == "0.50 (0.25 to 1.00)"
-    assert claims.shown(0.5, np.nan, np.nan, "{:.0%}") == "50% (one seed)"
+    assert claims.shown(0.5, np.nan, np.nan, "{:.0%}") == "50% (no interval)"
