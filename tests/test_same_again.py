@@ -140,7 +140,7 @@ def test_a_published_run_made_again_finds_its_numbers(tmp_path, one_thread, hype
     )
     run = amaml.train(replace(config, iterations=20), tmp_path, progress=False)
     again, until = run.metrics.set_index("iteration"), 20 if alike else 3
-    assert 1 in rows.index and len(rows) > 6
+    assert 1 in rows.index and len(rows) >= 5
     for name in ("support_loss", "query_loss", "alpha", "beta", "gradient_norm"):
         told = rows.loc[1:until, name]
         assert again.loc[told.index, name].tolist() == pytest.approx(told.tolist(), rel=1e-4), name
