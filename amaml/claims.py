@@ -58,6 +58,21 @@ def interval(
     )
 
 
+def neighbours(good: pd.Series) -> list[float]:
+    """The longest row of neighbouring rates for which `good`, booleans by rate, is true."""
+    best: list[float] = []
+    row: list[float] = []
+    for rate, is_good in good.items():
+        row = [*row, rate] if is_good else []
+        best = row if len(row) > len(best) else best
+    return best
+
+
+def powers_of_ten(rates: list[float]) -> float:
+    """How many powers of ten rates span, from the first to the last; NaN where there are none."""
+    return round(float(np.log10(rates[-1] / rates[0])), 1) if rates else np.nan
+
+
 def shown(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
     """A number with its interval, as it stands in a table."""
     if np.isnan(low):

@@ -26,7 +26,7 @@ from amaml.data import as_device
 from amaml.training import Run, shape, train, train_together
 
 PUBLISH_EVERY = 20  # seconds between two publications: each writes the whole table
-CHECKPOINT_EVERY = {"cpu": 50, "cuda": 500}  # iterations, in a process of one's own
+CHECKPOINT_EVERY, CHECKPOINT_EVERY_ON_GPU = 50, 500  # iterations, of `run_here`
 PATIENCE = "10s"  # how long a scheduler that is named may take to answer
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
 
@@ -107,7 +107,8 @@ def run_here(
     if not minutes >= 0:
         raise ValueError(f"minutes={minutes!r}: must be at least 0")
     deadline, failed, waiting = time.monotonic() + 60 * minutes, {}, []
-    every = CHECKPOINT_EVERY[as_device(device).type]
+    on_cpu = as_device(device).type == "cpu"
+    every = CHECKPOINT_EVERY if on_cpu else CHECKPOINT_EVERY_ON_GPU
     for config in configs:
         if not (Path(out) / config.id / "result.json").exists():
             waiting.append(config)

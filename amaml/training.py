@@ -34,7 +34,7 @@ from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
 
 # Iterations between two looks at the metrics, each of which waits for the device
-FLUSH_EVERY = {"cpu": 10, "cuda": 100}
+FLUSH_EVERY, FLUSH_EVERY_ON_GPU = 10, 100
 VARIED = ("alpha", "beta", "hyper_alpha", "hyper_beta", "seed")  # by runs that are made together
 WATCHED = ["query_loss", "alpha", "beta", "gradient_norm"]  # a run has diverged if one is infinite
 
@@ -284,7 +284,8 @@ def advance(
     iterations not to be passed.
     """
     started, config, iteration = time.perf_counter(), runs[0].config, runs[0].iteration
-    flush_every = FLUSH_EVERY[runs[0].state.alpha.device.type]
+    on_cpu = runs[0].state.alpha.device.type == "cpu"
+    flush_every = FLUSH_EVERY if on_cpu else FLUSH_EVERY_ON_GPU
     intervals = (flush_every, config.validation_every, checkpoint_every, config.iterations)
     stop = min(*((iteration // n + 1) * n for n in intervals), *ahead, config.iterations)
     pending = steps(runs, stop - iteration, model, samplers.train, loss)
@@ -368,11 +369,12 @@ def status_after(config: RunConfig, rows: pd.DataFrame) -> str:
 
 def evaluations(runs: list[Underway], model: nn.Module, loss: Loss) -> list[dict[str, float]]:
     """Each run's state on its validation tasks, as `evaluate` measures it."""
-    if len(runs) < 2:
-        inner_steps = [run.config.inner_steps for run in runs]
+    if len(runs) < 2:  # vmap would ask more of a model of one's own than it has to give
         return [
-            evaluate(model, run.state, run.validation, inner_steps=k, loss=loss)
-            for run, k in zip(runs, inner_steps, strict=True)
+            evaluate(
+                model, run.state, run.validation, inner_steps=run.config.inner_steps, loss=loss
+            )
+            for run in runs
         ]
     state = tree_map(lambda *values: torch.stack(values), *(run.state for run in runs))
     batch = [torch.stack(x) for x in zip(*(vars(r.validation).values() for r in runs), strict=True)]

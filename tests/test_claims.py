@@ -80,3 +80,12 @@ def test_many_seeds_are_drawn_and_drawn_alike():
 def test_how_an_interval_is_shown():
     assert claims.shown(0.5, 0.25, 1.0) == "0.50 (0.25 to 1.00)"
     assert claims.shown(0.5, np.nan, np.nan, "{:.0%}") == "50% (no interval)"
+
+
+def test_the_range_of_rates_that_serve_is_the_longest_without_a_hole():
+    rates = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    good = pd.Series([True, False, True, True, False], index=rates)
+    assert claims.neighbours(good) == [1e-2, 1e-1]
+    assert claims.powers_of_ten(claims.neighbours(good)) == 1
+    assert claims.neighbours(~good) == [1e-3] and claims.powers_of_ten([1e-3]) == 0
+    assert claims.neighbours(good & False) == [] and np.isnan(claims.powers_of_ten([]))
