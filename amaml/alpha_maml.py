@@ -20,8 +20,7 @@ from amaml.arguments import (
     check_module,
     checked_loss,
 )
-from amaml.backward import query_metrics
-from amaml.maml import meta_gradient, same_dtype
+from amaml.maml import meta_gradient, query_metrics, same_dtype
 from amaml.tasks import Tasks
 
 META_OPTIMIZERS = ("sgd", "adam")

@@ -6,12 +6,31 @@ learning rate `alpha`. The tasks of a meta-batch are worked on side by side.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml.arguments import Loss, Theta, as_scalar, check_call, check_examples, checked_loss
-from amaml.backward import by_mapping, by_recomputing, by_stacking, inner_loop, is_stackable
+from amaml import passes
+from amaml.arguments import (
+    Loss,
+    Theta,
+    as_scalar,
+    check_call,
+    check_examples,
+    checked_loss,
+    is_differentiated,
+)
+from amaml.backward import (
+    by_mapping,
+    by_recomputing,
+    inner_loop,
+    meta_only,
+    metrics_by_mapping,
+)
+from amaml.memory import keep_freed_memory
+from amaml.side_by_side import by_passes, metrics_by_passes
 from amaml.tasks import Tasks
 
 
@@ -74,17 +93,32 @@ def meta_gradient(
     alpha = as_scalar("alpha", alpha, like=next(iter(theta.values())))
     loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
     batch = (support_x, tasks.support_y, query_x, tasks.query_y)
-    gradient_of = by_mapping
-    if recompute:
-        gradient_of = by_recomputing
-    elif is_stackable(model, alpha, theta):
-        gradient_of = by_stacking
+    if alpha.device.type == "cpu":
+        keep_freed_memory()
+    gradient_of = by_recomputing if recompute else by_mapping
+    if has_passes(model, theta, alpha):
+        gradient_of = partial(by_passes, recompute=recompute)
     gradient, d_alpha, metrics = gradient_of(
         model, theta, alpha, batch, inner_steps, first_order, loss
     )
     # Contiguous, as a checkpoint gives it back: the order of later sums depends on the layout.
     gradient = {name: g.contiguous() for name, g in gradient.items()}
     return gradient, d_alpha, {name: m.mean(0) for name, m in metrics.items()}
+
+
+def query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Tensor]:
+    """Each task's `query_loss` and, for the cross-entropy, `query_accuracy` after adaptation,
+    `(tasks,)`; the batch is (support_x, support_y, query_x, query_y)."""
+    way = metrics_by_passes if has_passes(model, theta, alpha) else metrics_by_mapping
+    return way(model, theta, alpha, batch, inner_steps, loss)
+
+
+def has_passes(model: nn.Module, theta: Theta, alpha: Tensor) -> bool:
+    """Whether the written-out passes serve: they are the model's, and nobody differentiates through
+    this call."""
+    return passes.apply_to(model, theta, meta_only(model)) and not is_differentiated(
+        alpha, *theta.values()
+    )
 
 
 def same_dtype(theta: Theta, *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:

@@ -212,12 +212,9 @@ def workers(client, n_runs: int):
         with connected:
             yield connected
         return
-    # Dask tells malloc to hand freed memory back at once; a training step takes the same memory
-    # again, and then spends more than half of its time on page faults.
-    keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
     n_workers = max(1, min(CPU_COUNT, n_runs))
     with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": keep | ONE_THREAD}),
+        dask.config.set({"distributed.nanny.pre-spawn-environ": ONE_THREAD}),
         LocalCluster(n_workers, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):

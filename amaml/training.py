@@ -27,9 +27,9 @@ from tqdm import tqdm
 from amaml import checkpoints, files, provenance
 from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step, summary
 from amaml.arguments import Loss
-from amaml.backward import query_metrics
 from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, as_device, split_characters
+from amaml.maml import query_metrics
 from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
 

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.func import functional_call, vmap
+from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import amaml
+from amaml import passes, side_by_side
 from amaml.experiments import PROFILES
 from benchmarks import peers
 from benchmarks.measures import ALPHA, AMAML, BETA, RATES, Bench, Rows, amaml_step, right_peers
@@ -28,29 +30,34 @@ def alpha(bench: Bench) -> Rows:
     """Alpha MAML beside a MAML step without alpha's gradient, kept gradient and rate updates."""
     model, tasks = bench.model(), sample_of_32(bench)
     theta = {name: value.detach().clone() for name, value in model.named_parameters()}
-    loss_of = vmap(F.cross_entropy)
 
     def maml() -> None:
-        """One iteration of MAML in plain autograd on all tasks at once, as `amaml` works too."""
         nonlocal theta
-        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
-        prime = {name: value.expand(len(tasks), *value.shape) for name, value in theta.items()}
-        adapted = [name for name in prime if name not in model.meta_only]
-        losses = loss_of(functional_call(model, prime, (tasks.support_x,)), tasks.support_y)
-        gradient = torch.autograd.grad(
-            losses.sum(), [prime[name] for name in adapted], create_graph=True
-        )
-        for name, g in zip(adapted, gradient, strict=True):
-            prime[name] = torch.add(prime[name], g, alpha=-ALPHA)
-        loss = loss_of(functional_call(model, prime, (tasks.query_x,)), tasks.query_y).mean()
-        gradient = torch.autograd.grad(loss, list(theta.values()))
-        theta = {
-            name: value.detach() - BETA * g
-            for (name, value), g in zip(theta.items(), gradient, strict=True)
-        }
+        theta = maml_step(theta, tasks)
 
     step = amaml_step(model, inner_steps=1)
     return bench.interleave({"MAML": maml, "Alpha MAML": lambda: step(tasks)}, 40, STANDARD)
+
+
+def maml_step(theta: dict[str, Tensor], tasks: amaml.Tasks) -> dict[str, Tensor]:
+    """One iteration of MAML by the passes that `amaml` goes by, and in pieces as large."""
+    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    n, pieces = len(tasks), 1
+    if tasks.support_x.device.type == "cpu":
+        pieces = -(-n * tasks.support_x.shape[1] // side_by_side.EXAMPLES_AT_ONCE)
+    for i in range(pieces):
+        piece = tasks[i * n // pieces : (i + 1) * n // pieces]
+        alpha = theta["linear.bias"].new_full((len(piece),), ALPHA)
+        prime = {name: value.expand(len(piece), *value.shape) for name, value in theta.items()}
+        support, query = passes.prepare(piece.support_x), passes.prepare(piece.query_x)
+        step = side_by_side.inner_step(prime, support, piece.support_y, F.cross_entropy)
+        prime = side_by_side.descend(prime, step, alpha)
+        step = step._replace(gradient={})
+        at = passes.OmniglotPass(prime, query)
+        v = at.gradient(side_by_side.derivatives(F.cross_entropy, at.logits, piece.query_y)[1])
+        for name, h in step.at.pull(step.curvature(step.at.push(v))).items():
+            total[name] += side_by_side.less(v[name], alpha, h).sum(0)
+    return {name: value - BETA / n * total[name] for name, value in theta.items()}
 
 
 def sample_of_32(bench: Bench) -> amaml.Tasks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import leaves, loop_losses, random_tasks, relative_error
@@ -10,8 +12,9 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 import amaml
-from amaml import backward
-from amaml.backward import by_mapping, by_recomputing, by_stacking
+from amaml import side_by_side
+from amaml.backward import by_mapping, by_recomputing
+from amaml.side_by_side import by_passes
 
 
 def omniglot_forward(theta, x):
@@ -113,7 +116,10 @@ def test_all_ways_to_the_meta_gradient_agree(kind, inner_steps, first_order):
     batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
     arguments = (model, theta, alpha, batch, inner_steps, first_order, F.cross_entropy)
     expected, expected_alpha, expected_metrics = by_mapping(*arguments)
-    for way in (by_recomputing, by_stacking) if kind == "OmniglotCNN" else (by_recomputing,):
+    ways = [by_recomputing]
+    if kind == "OmniglotCNN":
+        ways += [by_passes, partial(by_passes, recompute=True)]
+    for way in ways:
         gradient, d_alpha, metrics = way(*arguments)
         assert relative_error(gradient, expected) < 1e-9
         assert relative_error(d_alpha, expected_alpha) < 1e-9
@@ -129,7 +135,7 @@ def test_the_pieces_of_a_meta_batch_give_the_gradient_of_the_whole(monkeypatch, 
     model, _forward, theta, tasks = prepared("OmniglotCNN")
     alphas = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)  # three runs of 2 tasks of 6 images
     batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-    monkeypatch.setattr(backward, "EXAMPLES_AT_ONCE", examples_at_once)
+    monkeypatch.setattr(side_by_side, "EXAMPLES_AT_ONCE", examples_at_once)
 
     def gradients(alpha):
         return amaml.meta_gradient(model, theta, alpha, tasks, inner_steps=2)
@@ -161,7 +167,7 @@ def test_single_precision_is_near_double_precision():
     assert relative_error(d_alpha.double(), expected_alpha) < 1e-4
 
 
-def test_a_stackable_model_under_a_transform_goes_the_general_way():
+def test_runs_under_vmap_give_what_each_gives_alone():
     model, _forward, theta, tasks = prepared("OmniglotCNN")
     alphas = torch.tensor([0.1, 0.3], dtype=torch.float64)
     many, d_alphas, _ = vmap(lambda alpha: amaml.meta_gradient(model, theta, alpha, tasks))(alphas)
