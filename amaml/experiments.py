@@ -82,7 +82,7 @@ SIZES = {
         "accuracy_settings": (4, 10, 8, (0,)),
     },
     "medium": {
-        "figures_2_3": (8, 200, 32, (0, 1)),
+        "figures_2_3": (8, 200, 32, SEEDS),
         "appendix_1": (8, 200, 16, SEEDS),
         "appendix_2": (8, 200, 16, (0,)),
         "appendix_3": (4, 100, 16, (0,)),
