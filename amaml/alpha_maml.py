@@ -130,12 +130,19 @@ def evaluate(
     a number for a single task). With a model that normalises by batch statistics the query set is
     seen as a whole: the accuracy is transductive.
     """
+    return summary(task_metrics(model, state, tasks, inner_steps=inner_steps, loss=loss))
+
+
+def task_metrics(
+    model: nn.Module, state: MetaState, tasks: Tasks, *, inner_steps: int, loss: Loss
+) -> dict[str, Tensor]:
+    """What `evaluate` gives the means of: `query_loss` and `query_accuracy`, (tasks,) each."""
     check_state(state)
     check_call(model, state.theta, inner_steps, False, loss, tasks)
     loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
     theta, (support_x, query_x) = same_dtype(state.theta, tasks.support_x, tasks.query_x)
     batch = (support_x, tasks.support_y, query_x, tasks.query_y)
-    return summary(query_metrics(model, theta, state.alpha, batch, inner_steps, loss))
+    return query_metrics(model, theta, state.alpha, batch, inner_steps, loss)
 
 
 def summary(measured: dict[str, Tensor]) -> dict[str, float]:

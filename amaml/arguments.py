@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import wraps
 from numbers import Real
@@ -139,7 +138,7 @@ def as_hyper_rate(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     What a tensor holds is not looked at: it may be on a GPU, or one of many under `vmap`.
     """
     rate = as_scalar(name, value, like)
-    if not isinstance(value, Tensor) and not 0 <= float(rate) < math.inf:
+    if not isinstance(value, Tensor) and not 0 <= float(value) <= torch.finfo(like.dtype).max:
         raise ValueError(f"{name}={value}: a hyper learning rate must be finite and >= 0")
     return rate
 

@@ -15,28 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.func import vmap
+from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from amaml import checkpoints, files, provenance
-from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step, summary
+from amaml.alpha_maml import MetaState, evaluate, init_state
 from amaml.arguments import Loss
 from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, as_device, split_characters
-from amaml.maml import query_metrics
+from amaml.loop import Program, Underway, advance, status_after
 from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
 
-# Iterations between two looks at the metrics, each of which waits for the device
-FLUSH_EVERY, FLUSH_EVERY_ON_GPU = 10, 100
 VARIED = ("alpha", "beta", "hyper_alpha", "hyper_beta", "seed")  # by runs that are made together
-WATCHED = ["query_loss", "alpha", "beta", "gradient_norm"]  # a run has diverged if one is infinite
 
 
 @dataclass(frozen=True)
@@ -118,8 +112,10 @@ def train(
                 disable=not progress,
             )
             with stop_signals() as stopped, bar:
+                if run.status == "running":
+                    program = Program([run], model, samplers.train, loss)
                 while run.status == "running" and not stopped():
-                    rows = advance([run], model, samplers, loss, checkpoint_every)[0]
+                    (rows,) = go_on(program, samplers, checkpoint_every)
                     show(bar, len(rows), rows.iloc[-1])
                 leave([run])
     return read_run(folder, config, device)
@@ -174,12 +170,15 @@ def train_together(
             mininterval=1.0,
             disable=not progress,
         )
+        program = None
         with stop_signals() as stopped, bar:
             while running and not stopped() and time.monotonic() < deadline:
                 least = min(run.iteration for run in running)  # what a kill left behind catches up
                 behind = [run for run in running if run.iteration == least]
                 ahead = [run.iteration for run in running if run.iteration > least]
-                advance(behind, model, samplers, F.cross_entropy, checkpoint_every, ahead)
+                if program is None or program.runs != behind:
+                    program = Program(behind, model, samplers.train, F.cross_entropy)
+                go_on(program, samplers, checkpoint_every, ahead)
                 running = [run for run in running if run.status == "running"]
                 bar.set_postfix(running=len(running))
                 bar.update(min((run.iteration for run in running), default=bar.total) - bar.n)
@@ -228,21 +227,6 @@ class Samplers(NamedTuple):
     test: TaskSampler
 
 
-@dataclass
-class Underway:
-    """A run that is being made: what it is, and how far it is."""
-
-    config: RunConfig
-    folder: Path
-    validation: Tasks
-    generator: torch.Generator  # of the training tasks
-    state: MetaState
-    iteration: int
-    seconds: float
-    maker: dict
-    status: str = "running"
-
-
 def begin(config, folder, identity, model, samplers, device) -> Underway:
     """A run at its start, or where its checkpoint left it. Its folder must be locked."""
     validation = samplers.validation.sample(
@@ -270,121 +254,20 @@ def begin(config, folder, identity, model, samplers, device) -> Underway:
     return run
 
 
-def advance(
-    runs: list[Underway],
-    model: nn.Module,
-    samplers: Samplers,
-    loss: Loss,
-    checkpoint_every: int,
-    ahead: Sequence[int] = (),
+def go_on(
+    program: Program, samplers: Samplers, checkpoint_every: int, ahead: Sequence[int] = ()
 ) -> list[pd.DataFrame]:
-    """Go on with runs at the same iteration, up to where their numbers are looked at next.
-
-    Their metrics, checkpoints and results are written; returns the new rows of each. `ahead` are
-    iterations not to be passed.
-    """
-    started, config, iteration = time.perf_counter(), runs[0].config, runs[0].iteration
-    on_cpu = runs[0].state.alpha.device.type == "cpu"
-    flush_every = FLUSH_EVERY if on_cpu else FLUSH_EVERY_ON_GPU
-    intervals = (flush_every, config.validation_every, checkpoint_every, config.iterations)
-    stop = min(*((iteration // n + 1) * n for n in intervals), *ahead, config.iterations)
-    pending = steps(runs, stop - iteration, model, samplers.train, loss)
-    tables = [to_rows(metrics, stop, config) for metrics in pending]
-    if validation_due(config, stop):
-        pairs = zip(runs, tables, strict=True)
-        finite = [pair for pair in pairs if np.isfinite(pair[1][WATCHED].iloc[-1]).all()]
-        validated = evaluations([run for run, _ in finite], model, loss)
-        for (_, rows), measured in zip(finite, validated, strict=True):
-            enter(rows, "validation", measured)
-    for run, rows in zip(runs, tables, strict=True):
-        run.iteration, run.status = int(rows["iteration"].iloc[-1]), status_after(config, rows)
-        if config.test_tasks and run.status in ("done", "reached"):
-            enter(rows, "test", on_test_tasks(run, model, samplers.test, loss))
-    seconds = (time.perf_counter() - started) / len(runs)
-    for run, rows in zip(runs, tables, strict=True):
-        run.seconds += seconds
-        write(run, rows, stop % checkpoint_every == 0)
+    """Advance runs to where they are looked at next, and write their metrics, checkpoints and
+    results; returns the new rows of each."""
+    tables = advance(program, checkpoint_every, ahead)
+    for run, rows in zip(program.runs, tables, strict=True):
+        if run.config.test_tasks and run.status in ("done", "reached"):
+            measured = on_test_tasks(run, program.model, samplers.test, program.loss)
+            for name, value in measured.items():
+                if (column := name.replace("query", "test")) in rows:
+                    rows.loc[rows.index[-1], column] = value
+        write(run, rows, run.iteration % checkpoint_every == 0)
     return tables
-
-
-def steps(runs: list[Underway], iterations: int, model, sampler, loss: Loss) -> list[list[dict]]:
-    """Meta-iterations of runs side by side: their states go on, and each gives its metrics.
-
-    Nothing in here waits for the device.
-    """
-    config, pending = runs[0].config, []
-    fixed = {"inner_steps": config.inner_steps, "first_order": config.first_order, "loss": loss}
-    if len(runs) == 1:
-        (run,) = runs
-        rates = {"hyper_alpha": run.config.hyper_alpha, "hyper_beta": run.config.hyper_beta}
-        for _ in range(iterations):
-            tasks = sampler.sample(config.meta_batch_size, run.generator)
-            run.state, metrics = meta_step(model, run.state, tasks, **rates, **fixed)
-            pending.append(metrics)
-        return [pending]
-
-    def step(state, hyper_alpha, hyper_beta, *batch):
-        rates = {"hyper_alpha": hyper_alpha, "hyper_beta": hyper_beta}
-        return meta_step(model, state, Tasks(*batch), **rates, **fixed)
-
-    # Runs of one seed see the same tasks: these are drawn once, by the first of them.
-    first = {run.config.seed: run for run in reversed(runs)}
-    place = [list(first).index(run.config.seed) for run in runs]
-    place = torch.tensor(place, device=runs[0].state.alpha.device)
-    state = tree_map(lambda *values: torch.stack(values), *(run.state for run in runs))
-    like = state.alpha
-    hyper_rates = [
-        torch.tensor([getattr(run.config, name) for run in runs], dtype=torch.float64).to(like)
-        for name in ("hyper_alpha", "hyper_beta")
-    ]
-    for _ in range(iterations):
-        drawn = [sampler.sample(config.meta_batch_size, run.generator) for run in first.values()]
-        batch = [
-            torch.stack(x)[place] for x in zip(*(vars(d).values() for d in drawn), strict=True)
-        ]
-        state, metrics = vmap(step)(state, *hyper_rates, *batch)
-        pending.append(metrics)
-    for i, run in enumerate(runs):
-        run.state = tree_map(lambda value, i=i: value[i].clone(), state)
-        run.generator.set_state(first[run.config.seed].generator.get_state())
-    return [
-        [{n: m[i] for n, m in metrics.items()} for metrics in pending] for i in range(len(runs))
-    ]
-
-
-def validation_due(config: RunConfig, iteration: int) -> bool:
-    return iteration % config.validation_every == 0 or iteration == config.iterations
-
-
-def status_after(config: RunConfig, rows: pd.DataFrame) -> str:
-    """A run's status by the last of its rows: "running", or how it ended (see `Run`)."""
-    row = rows.iloc[-1]
-    validated = ["validation_loss"] if validation_due(config, int(row["iteration"])) else []
-    if not np.isfinite(row[WATCHED + validated]).all():
-        return "diverged"
-    if config.threshold is not None and row["validation_loss"] <= config.threshold:
-        return "reached"
-    return "done" if row["iteration"] == config.iterations else "running"
-
-
-def evaluations(runs: list[Underway], model: nn.Module, loss: Loss) -> list[dict[str, float]]:
-    """Each run's state on its validation tasks, as `evaluate` measures it."""
-    if len(runs) < 2:  # vmap would ask more of a model of one's own than it has to give
-        return [
-            evaluate(
-                model, run.state, run.validation, inner_steps=run.config.inner_steps, loss=loss
-            )
-            for run in runs
-        ]
-    state = tree_map(lambda *values: torch.stack(values), *(run.state for run in runs))
-    batch = [torch.stack(x) for x in zip(*(vars(r.validation).values() for r in runs), strict=True)]
-    inner_steps = runs[0].config.inner_steps
-
-    def measured(theta, alpha, *batch):
-        return query_metrics(model, theta, alpha, batch, inner_steps, loss)
-
-    together = vmap(measured)(state.theta, state.alpha, *batch)
-    return [summary({name: m[i] for name, m in together.items()}) for i in range(len(runs))]
 
 
 def on_test_tasks(run: Underway, model: nn.Module, sampler, loss: Loss) -> dict[str, float]:
@@ -392,14 +275,6 @@ def on_test_tasks(run: Underway, model: nn.Module, sampler, loss: Loss) -> dict[
     config, device = run.config, run.state.alpha.device
     tasks = sampler.sample(config.test_tasks, stream(config.seed, "test tasks", device))
     return evaluate(model, run.state, tasks, inner_steps=config.test_inner_steps, loss=loss)
-
-
-def enter(rows: pd.DataFrame, kind: str, measured: dict[str, float]) -> None:
-    """Put what was measured on validation or test tasks into the last row, where it has room."""
-    for name, value in measured.items():
-        column = name.replace("query", kind)
-        if column in rows:
-            rows.loc[rows.index[-1], column] = value
 
 
 def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
@@ -530,23 +405,6 @@ def check_own(model, sampler, validation_sampler, loss) -> None:
             )
     if not callable(loss):
         raise TypeError(f"loss must be a function of (prediction, y), not {loss!r}")
-
-
-def to_rows(pending: list[dict[str, Tensor]], iteration: int, config: RunConfig) -> pd.DataFrame:
-    """Metrics of the iterations up to `iteration` as rows, with room for what is measured later.
-
-    Rows after the first that is not finite are dropped: they say nothing.
-    """
-    names = list(pending[0])
-    values = torch.stack([torch.stack([m[name] for name in names]) for m in pending])
-    rows = pd.DataFrame(values.double().cpu().numpy(), columns=names)
-    rows.insert(0, "iteration", range(iteration - len(rows) + 1, iteration + 1))
-    for kind in ("loss", "accuracy") if "query_accuracy" in names else ("loss",):
-        rows[f"validation_{kind}"] = np.nan
-        if config.test_tasks:
-            rows[f"test_{kind}"] = rows[f"test_{kind}_ci95"] = np.nan
-    finite = np.isfinite(rows[WATCHED]).all(axis=1)
-    return rows if finite.all() else rows.loc[: int(finite.argmin())]
 
 
 def stream(seed: int, purpose: str, device="cpu") -> torch.Generator:

@@ -228,16 +228,16 @@ def test_a_sweep_whose_workers_are_killed_gives_the_same_table(tmp_path):
 
     def die_at(count: int) -> int:
         """Let this worker be killed in an iteration; the one in its place is as it was."""
-        from amaml import training
+        from amaml import loop
 
-        left, step = iter(range(count)), training.meta_step
+        left, step = iter(range(count)), loop.meta_step
 
         def deadly_step(*words, **more):
             if next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*words, **more)
 
-        training.meta_step = deadly_step
+        loop.meta_step = deadly_step
         return os.getpid()
 
     configs = [replace(CONFIG, seed=seed) for seed in range(6)]

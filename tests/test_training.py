@@ -98,9 +98,9 @@ def test_a_finished_run_is_read_not_made_again(tmp_path):
 
 KILLED = """
 import os, signal, sys
-import amaml, amaml.training
+import amaml, amaml.loop
 
-step, count = amaml.training.meta_step, 0
+step, count = amaml.loop.meta_step, 0
 
 def deadly_step(*args, **kwargs):
     global count
@@ -109,7 +109,7 @@ def deadly_step(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args, **kwargs)
 
-amaml.training.meta_step = deadly_step
+amaml.loop.meta_step = deadly_step
 config = amaml.RunConfig(**eval(sys.argv[3]))
 amaml.train(config, sys.argv[1], progress=False, checkpoint_every=3)
 """
