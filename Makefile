@@ -19,8 +19,8 @@ ifdef DATA
 export AMAML_DATA := $(abspath $(patsubst ~/%,$(HOME)/%,$(DATA)))
 endif
 
-ifeq ($(filter quick medium,$(PROFILE)),)
-$(error PROFILE=$(PROFILE) is unknown: give quick or medium)
+ifeq ($(filter quick medium paper,$(PROFILE)),)
+$(error PROFILE=$(PROFILE) is unknown: give quick, medium or paper)
 endif
 
 .PHONY: figures test fuzz bench lab book notebooks clean help
@@ -29,9 +29,10 @@ endif
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 	@echo
-	@echo "  PROFILE=quick|medium   what to make the figures from (default: quick)"
-	@echo "  DATA=folder            where Omniglot's images_background and images_evaluation are"
-	@echo "  RETRAIN=1              train again what has records"
+	@echo "  PROFILE=quick|medium|paper   what to make the figures from (default: quick; paper: from"
+	@echo "                               records that a GPU has made, see the README)"
+	@echo "  DATA=folder                  where Omniglot's images_background and images_evaluation are"
+	@echo "  RETRAIN=1                    train again what has records"
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

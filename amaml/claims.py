@@ -73,6 +73,26 @@ def powers_of_ten(rates: list[float]) -> float:
     return round(float(np.log10(rates[-1] / rates[0])), 1) if rates else np.nan
 
 
+def accuracies(table: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy (%) after a whole training: a row a setting, method, meta-optimiser and case.
+
+    `accuracy` is the mean over the seeds and `ci95` the half width of its 95 % interval over all
+    their test tasks; `lowest` and `highest` are those of a seed. A run that diverged has none, and
+    makes its row's numbers empty.
+    """
+    ends = table.groupby("run", sort=False).tail(1)
+    ends = ends.assign(accuracy=100 * ends["test_accuracy"], ci95=100 * ends["test_accuracy_ci95"])
+    rows = ends.groupby(["n_way", "k_shot", "method", "meta_optimizer", "case"], sort=False)
+    return rows.agg(
+        accuracy=("accuracy", lambda seeds: seeds.mean(skipna=False)),
+        ci95=("ci95", lambda seeds: (seeds**2).sum(skipna=False) ** 0.5 / len(seeds)),
+        lowest=("accuracy", lambda seeds: seeds.min(skipna=False)),
+        highest=("accuracy", lambda seeds: seeds.max(skipna=False)),
+        seeds=("seed", "nunique"),
+        test_tasks=("test_tasks", "first"),
+    )
+
+
 def shown(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
     """A number with its interval, as it stands in a table."""
     if np.isnan(low):

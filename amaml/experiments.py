@@ -26,6 +26,7 @@ PROFILES = {
 
 # Small runs gain from being made together, and so do those on a GPU, which is the paper profile's.
 RUNS_PER_BATCH = {"quick": 8, "medium": 1, "paper": 64}
+MADE_ON_GPU = ("paper",)
 
 # Starting rates (alpha, beta), for the mean cross-entropy and the mean over the tasks
 CASES = {"good": (0.4, 0.3), "too small": (0.001, 0.001), "too large": (0.4, 3.0)}

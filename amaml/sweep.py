@@ -256,7 +256,8 @@ def figure_records(
     With `retrain` the published records are not taken for granted; runs that are finished or under
     way in `out` still are (remove their folders to make them from nothing). With a `device` other
     than the CPU or with `minutes` the runs are made in this process, see `run_here`, and the table
-    holds those that are finished when the minutes are over.
+    holds those that are finished when the minutes are over. RuntimeError where a profile for a GPU
+    would be trained on a CPU without `minutes`.
     """
     labelled = experiments.runs_of(figure, profile)
     labels = {config.id: label for label, config in labelled}
@@ -285,6 +286,13 @@ def figure_records(
             publish()
 
     missing = [config for _, config in labelled if retrain or config.id not in finished]
+    if missing and profile in experiments.MADE_ON_GPU and device == "cpu" and minutes is None:
+        raise RuntimeError(
+            f"{len(missing)} of the {len(labelled)} runs of {figure}, profile {profile}, have no "
+            "records and would take a CPU days; make them on a GPU with `python -m amaml.sweep "
+            f"--figure {figure} --profile {profile} --device cuda --out FOLDER`, or say with "
+            "--minutes how long a CPU is to work on them"
+        )
     if missing:
         try:
             size = experiments.RUNS_PER_BATCH[profile]

@@ -288,7 +288,7 @@ def write(run: Underway, rows: pd.DataFrame, checkpoint_due: bool) -> None:
 
 def write_result(run: Underway) -> None:
     result = {"status": run.status, "iteration": run.iteration}
-    result |= {"seconds": round(run.seconds, 1)} | run.maker
+    result |= {"seconds": round(run.seconds, 3)} | run.maker
     files.write_json(run.folder / "result.json", result)
 
 

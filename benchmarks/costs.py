@@ -55,6 +55,7 @@ def maml_step(theta: dict[str, Tensor], tasks: amaml.Tasks) -> dict[str, Tensor]
         step = step._replace(gradient={})
         at = passes.OmniglotPass(prime, query)
         v = at.gradient(side_by_side.derivatives(F.cross_entropy, at.logits, piece.query_y)[1])
+        del at, prime
         for name, h in step.at.pull(step.curvature(step.at.push(v))).items():
             total[name] += side_by_side.less(v[name], alpha, h).sum(0)
     return {name: value - BETA / n * total[name] for name, value in theta.items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 import amaml
+from amaml import graphs
 from benchmarks import peers
 
 ALPHA, BETA, HYPER_RATE = 0.4, 0.01, 1e-3
@@ -87,15 +88,33 @@ def iterations(
     """
     sampler = amaml.TaskSampler(bench.characters, n_way, k_shot=1, k_query=1)
     model = bench.model(n_way)
-    steps = {AMAML: amaml_step(model, inner_steps)}
-    for name in names:
-        steps[name] = peers.peer_step(name, model, ALPHA, BETA, inner_steps)
-    generators = {name: bench.generator() for name in steps}
 
-    def iteration(name: str) -> None:
-        steps[name](sampler.sample(meta_batch_size, generators[name]))
+    def of_peer(name: str) -> Callable:
+        step, generator = peers.peer_step(name, model, ALPHA, BETA, inner_steps), bench.generator()
+        return lambda: step(sampler.sample(meta_batch_size, generator))
 
-    return {name: lambda name=name: iteration(name) for name in steps}
+    ours = amaml_iteration(bench, model, sampler, inner_steps, meta_batch_size)
+    return {AMAML: ours} | {name: of_peer(name) for name in names}
+
+
+def amaml_iteration(bench: Bench, model, sampler, inner_steps: int, meta_batch_size: int):
+    """One iteration of Alpha MAML; on a GPU as `amaml.train` makes it, as the replay of a graph."""
+    state, generator = amaml.init_state(model, ALPHA, BETA), bench.generator()
+    rates = {name: torch.tensor(rate, device=bench.device) for name, rate in RATES.items()}
+
+    def step(state):
+        tasks = sampler.sample(meta_batch_size, generator)
+        state, metrics = amaml.meta_step(model, state, tasks, inner_steps=inner_steps, **rates)
+        return state, torch.stack(list(metrics.values()))
+
+    if graphs.serve(torch.device(bench.device)):
+        step = graphs.replayed(step, state, [generator])
+
+    def iteration() -> None:
+        nonlocal state
+        state, _ = step(state)
+
+    return iteration
 
 
 def amaml_step(model, inner_steps: int) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from test_training import SMALL
 
 import amaml
-from amaml import experiments, plotting, records, sweep
+from amaml import claims, experiments, plotting, records, sweep
 from amaml.training import stream, train_together
 
 
@@ -146,6 +147,7 @@ def test_a_figure_of_the_paper_profile_is_made_piece_by_piece(tmp_path, monkeypa
     undisturbed = sweep.figure_records(
         *("figure_1", "paper"),
         **{"out": tmp_path / "once", "folder": tmp_path / "other", "progress": False},
+        minutes=60,
     )
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))  # a second a look at it
@@ -161,6 +163,32 @@ def test_a_figure_of_the_paper_profile_is_made_piece_by_piece(tmp_path, monkeypa
     assert published[0] == 0 and len(published) > 2
     columns = ["run", "iteration", "query_loss", "alpha", "beta", "validation_loss", "status"]
     pd.testing.assert_frame_equal(table[columns], undisturbed[columns], rtol=1e-4)
+
+
+def test_a_profile_for_a_gpu_is_not_begun_on_a_cpu_by_itself(tmp_path, monkeypatch):
+    tiny(monkeypatch, "paper")
+    places = {"out": tmp_path, "folder": tmp_path, "progress": False}
+    with pytest.raises(RuntimeError, match=r"12 of the 12 runs.*--device cuda"):
+        sweep.figure_records("figure_1", "paper", **places)
+    sweep.figure_records("figure_1", "paper", **places, minutes=60)
+    assert sweep.figure_records("figure_1", "paper", **places)["run"].nunique() == 12
+
+
+def test_the_accuracy_after_a_whole_training_is_measured_and_told(tmp_path, monkeypatch):
+    tiny(monkeypatch, "paper")
+    monkeypatch.setitem(experiments.SIZES["paper"], "accuracy", (2, 3, 2, (0, 1)))
+    monkeypatch.setitem(experiments.TEST_TASKS, "paper", 8)
+    places = {"out": tmp_path, "folder": tmp_path, "progress": False}
+    table = sweep.figure_records("accuracy", "paper", **places, minutes=60)
+    told = claims.accuracies(table).reset_index()
+    assert len(told) == 6 and (told["seeds"] == 2).all() and (told["test_tasks"] == 8).all()
+    row = told[(told["method"] == "MAML") & (told["meta_optimizer"] == "adam")].iloc[0]
+    ends = table.dropna(subset="test_accuracy")
+    ends = ends[(ends["method"] == "MAML") & (ends["meta_optimizer"] == "adam")]
+    accuracy, ci95 = 100 * ends["test_accuracy"], 100 * ends["test_accuracy_ci95"]
+    assert row["accuracy"] == pytest.approx(accuracy.sum() / 2)
+    assert (row["lowest"], row["highest"]) == (accuracy.min(), accuracy.max())
+    assert row["ci95"] == pytest.approx(math.hypot(*ci95) / 2)
 
 
 def test_pieces_need_neither_dask_nor_what_draws(tmp_path):
