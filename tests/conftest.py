@@ -25,6 +25,14 @@ def glyphs() -> amaml.Characters:
 
 
 @pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def torchvision_datasets(monkeypatch):
     """torchvision's data sets, also beside a torch whose build torchvision does not match.
 

@@ -22,14 +22,6 @@ VARIED = [
 ]
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def same(run: amaml.Run, other: amaml.Run) -> bool:
     states = zip(run.state.theta.values(), other.state.theta.values(), strict=True)
     finished = run.status == "diverged" or all(torch.equal(a, b) for a, b in states)

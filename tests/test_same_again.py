@@ -9,7 +9,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import needs_omniglot
 from test_training import SMALL
 
@@ -22,14 +21,6 @@ CONFIGS = [
     amaml.RunConfig(**SMALL, iterations=12, meta_optimizer="adam", seed=1),
     amaml.RunConfig(**SMALL, iterations=12, inner_steps=2, k_query=2, seed=2),
 ]
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def written(out: Path, config: amaml.RunConfig) -> tuple:
