@@ -22,14 +22,22 @@ def cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) 
 
     The generators go on with each replay as they do with the work itself.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, device = torch.cuda.CUDAGraph(), generators[0].device
     for generator in generators:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        work()
+    # A stream of its own: what libraries set aside for one would go with the first of its graphs.
+    capture = torch.cuda.graph(graph, stream=torch.cuda.Stream(device))
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()), capture:
+            work()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a meta-iteration could not be captured as a CUDA graph ({error}); {WITHOUT}"
+        ) from error
     return graph.replay
 
 
+WITHOUT = "set AMAML_CUDA_GRAPHS=0 to start its kernels one by one"
 CAPTURES = {"cuda": cuda_graph}  # by the type of device
 
 
@@ -41,8 +49,9 @@ def serve(device: torch.device) -> bool:
 def replayed(step: Step, state, generators: Sequence[torch.Generator]) -> Step:
     """`step(state) -> (next state, values)` as the replay of what it did for `state`.
 
-    The state that comes back is overwritten by the next call; take a copy of what is to last. Its
-    first two replays are held against the step itself: a RuntimeError where they do not agree.
+    The state that comes back is overwritten by the next call; take a copy of what is to last. All
+    other tensors that the step reads must be kept by the caller, where they are. The first two
+    replays are held against the step itself: a RuntimeError where they do not agree.
     """
     static = tree_map(torch.clone, state)
     before = [generator.get_state() for generator in generators]
@@ -77,8 +86,7 @@ def replayed(step: Step, state, generators: Sequence[torch.Generator]) -> Step:
     if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
         raise RuntimeError(
             "a replayed meta-iteration does not give the numbers of the iteration itself "
-            f"({found.tolist()} for {expected.tolist()}, torch {torch.__version__}); set "
-            "AMAML_CUDA_GRAPHS=0 to start its kernels one by one"
+            f"({found.tolist()} for {expected.tolist()}, torch {torch.__version__}); {WITHOUT}"
         )
 
     def replay_from(new) -> tuple[object, Tensor]:

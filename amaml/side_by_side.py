@@ -21,8 +21,8 @@ from amaml.arguments import Loss, Theta
 from amaml.backward import accuracy, measure, measures, through_steps
 from amaml.passes import Images, OmniglotPass, prepare
 
-# On a CPU, so that what a piece works on does not outgrow its caches by far
-EXAMPLES_AT_ONCE = 80
+# On a CPU what a piece works on should not outgrow the caches by far; on a GPU it has to fit.
+EXAMPLES_AT_ONCE, EXAMPLES_AT_ONCE_ON_GPU = 80, 20_000
 
 
 def by_passes(model, theta, alpha, batch, inner_steps, first_order, loss, *, recompute=False):
@@ -100,10 +100,10 @@ def in_pieces(work: Callable, theta, alpha, batch) -> Iterator[list]:
     """`work` on parts of what has `(runs, tasks)` in front; for each part of the runs, a list.
 
     How a run's tasks are cut does not depend on the other runs, so that a run gets the same sums
-    alone and beside others. Nothing is cut on a GPU.
+    alone and beside others.
     """
     runs, tasks, examples = batch[0].shape[:3]
-    at_once = EXAMPLES_AT_ONCE if alpha.device.type == "cpu" else runs * tasks * examples
+    at_once = EXAMPLES_AT_ONCE if alpha.device.type == "cpu" else EXAMPLES_AT_ONCE_ON_GPU
     tasks_at_once = min(tasks, max(1, at_once // examples))
     runs_at_once = max(1, at_once // (examples * tasks_at_once))
     for i in range(0, runs, runs_at_once):
@@ -225,7 +225,8 @@ def derivatives(loss: Loss, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, 
     """Each task's loss (tasks,), its gradient by the logits (tasks, n, n_way), and the product of
     its second derivative with a tangent of the logits, as a function."""
     if unwrap(loss) is F.cross_entropy:
-        loss(logits[0], y[0])  # for its checks
+        if logits.device.type == "cpu":
+            loss(logits[0], y[0])  # for its checks
         log_p, y = logits.log_softmax(-1), y.unsqueeze(-1)
         p, n = log_p.exp(), logits.shape[1]
         d_logits = p.scatter_add(-1, y, p.new_full((1, 1, 1), -1.0).expand_as(y)).div_(n)

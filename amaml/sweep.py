@@ -124,7 +124,8 @@ def run_here(
                 **{"deadline": deadline, "progress": progress},
             )
         except Exception as error:
-            failed |= dict.fromkeys(batch, error)
+            error.__context__ = error.__cause__ = None  # with what they hold of the device's memory
+            failed |= dict.fromkeys(batch, error.with_traceback(None))
             continue
         if on_finish is not None:
             for run in runs:

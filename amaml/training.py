@@ -80,8 +80,9 @@ def train(
     iterations.
 
     A run that stops being finite ends with the status "diverged": a result, not an error. Ctrl-C
-    and SIGTERM stop a run within 10 iterations, after a last checkpoint. Raises ValueError where
-    the folder holds another config, PermissionError or another OSError where it cannot be written.
+    and SIGTERM stop a run within 10 iterations (100 on a GPU), after a last checkpoint. Raises
+    ValueError where the folder holds another config, PermissionError or another OSError where it
+    cannot be written.
     """
     config = RunConfig() if config is None else config
     check_arguments([config], out, root, checkpoint_every, progress)
@@ -177,6 +178,7 @@ def train_together(
                 behind = [run for run in running if run.iteration == least]
                 ahead = [run.iteration for run in running if run.iteration > least]
                 if program is None or program.runs != behind:
+                    program = None  # its memory goes before that of the next is taken
                     program = Program(behind, model, samplers.train, F.cross_entropy)
                 go_on(program, samplers, checkpoint_every, ahead)
                 running = [run for run in running if run.status == "running"]
@@ -242,7 +244,13 @@ def begin(config, folder, identity, model, samplers, device) -> Underway:
     open_folder(folder, identity)
     if (folder / "checkpoint.safetensors").exists():
         saved, iteration, seconds = checkpoints.load_checkpoint(folder / "checkpoint.safetensors")
-        generator.set_state(saved.pop("generator"))
+        try:
+            generator.set_state(saved.pop("generator"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the run in {folder} was begun on another kind of device than {device} and draws "
+                "other tasks there; go on with it there, or give another out"
+            ) from error
         state = restore_state(saved, device)
     checkpoints.truncate_metrics(folder / "metrics.csv")
     maker = provenance.here(device)

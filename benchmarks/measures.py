@@ -107,23 +107,26 @@ def amaml_iteration(bench: Bench, model, sampler, inner_steps: int, meta_batch_s
         state, metrics = amaml.meta_step(model, state, tasks, inner_steps=inner_steps, **rates)
         return state, torch.stack(list(metrics.values()))
 
+    replay = step
     if graphs.serve(torch.device(bench.device)):
-        step = graphs.replayed(step, state, [generator])
+        replay = graphs.replayed(step, state, [generator])
 
     def iteration() -> None:
         nonlocal state
-        state, _ = step(state)
+        state, _ = replay(state)
 
+    iteration.reads = step  # and thereby keeps the tensors that a graph reads
     return iteration
 
 
 def amaml_step(model, inner_steps: int) -> Callable:
     """One iteration of Alpha MAML as a function of the tasks; it keeps the state."""
     state = amaml.init_state(model, ALPHA, BETA)
+    rates = {name: torch.tensor(rate).to(state.alpha) for name, rate in RATES.items()}
 
     def step(tasks: amaml.Tasks) -> None:
         nonlocal state
-        state, _ = amaml.meta_step(model, state, tasks, inner_steps=inner_steps, **RATES)
+        state, _ = amaml.meta_step(model, state, tasks, inner_steps=inner_steps, **rates)
 
     return step
 

@@ -310,6 +310,18 @@ def test_metrics_that_a_checkpoint_counts_on_are_missed(tmp_path):
         train(tmp_path, iterations=9)
 
 
+def test_a_run_that_was_begun_on_another_kind_of_device_is_left_alone(tmp_path):
+    whole = train(tmp_path, iterations=6)
+    folder = tmp_path / whole.id
+    (folder / "result.json").unlink()
+    path = folder / "checkpoint.safetensors"
+    saved, iteration, seconds = checkpoints.load_checkpoint(path)
+    saved["generator"] = saved["generator"][:16].clone()  # as large as a GPU's
+    checkpoints.save_checkpoint(path, saved, iteration, seconds)
+    with pytest.raises(ValueError, match=f"{whole.id}.*another kind of device than cpu"):
+        train(tmp_path, iterations=6)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
