@@ -21,6 +21,7 @@ def here(device="cpu") -> dict:
             "system": f"{platform.system()} {platform.machine()}",
             "processor": processor(),
             "cores": os.cpu_count(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else "cpu",
         },
         "threads": torch.get_num_threads(),

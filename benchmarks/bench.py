@@ -90,10 +90,7 @@ def describe(bench: Bench) -> dict:
         for name, library in libraries.items()
         if peers.installed(name)
     }
-    maker["machine"] |= {
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "load": round(os.getloadavg()[0], 2),  # of the last minute, before the measuring
-    }
+    maker["machine"]["load"] = round(os.getloadavg()[0], 2)  # of the last minute, before measuring
     left_out = [name for name in libraries if not peers.installed(name)]
     return maker | {"precision": bench.precision, "left_out": left_out}
 

@@ -126,8 +126,11 @@ def test_a_published_run_made_again_finds_its_numbers(tmp_path, one_thread, hype
     (maker,) = [maker for maker in made_by if config.id in maker["runs"]]
     here = provenance.here()
     alike = all(
-        maker[kind][name] == here[kind][name]
-        for kind, name in (("machine", "processor"), ("versions", "torch"))
+        maker[kind].get(name) == here[kind][name]
+        for kind, name in (
+            *(("machine", "processor"), ("machine", "instructions")),
+            ("versions", "torch"),
+        )
     )
     run = amaml.train(replace(config, iterations=20), tmp_path, progress=False)
     again, until = run.metrics.set_index("iteration"), 20 if alike else 2
