@@ -64,7 +64,7 @@ fuzz: $(VENV)/installed  ## random damage to all files for SECONDS=600, from SEE
 	OMP_NUM_THREADS=1 AMAML_FUZZ_SECONDS=$(or $(SECONDS),600) AMAML_FUZZ_SEED=$(or $(SEED),0) \
 		$(BIN)/python -m pytest -q tests/test_fuzz.py
 
-bench: $(VENV)/installed  ## measure speed and memory, about eight minutes on two idle cores
+bench: $(VENV)/installed  ## measure speed and memory, about six minutes on two idle cores
 	$(BIN)/python -m benchmarks.bench
 
 lab: $(VENV)/installed  ## open the book in JupyterLab
