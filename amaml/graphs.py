@@ -1,7 +1,6 @@
 """A step of tensors as one CUDA graph: all its kernels are started by a single call.
 
-A meta-iteration is some 300 small kernels. Started one by one they cost a GPU more time than their
-arithmetic.
+A meta-iteration is hundreds of small kernels, and starting each of them takes time of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Step = Callable[[object], tuple[object, Tensor]]
 TOLERANCE = 1e-3  # relative, of a replayed step's values from those of the step itself
+WITHOUT = "set AMAML_CUDA_GRAPHS=0 to start its kernels one by one"
 
 
 def cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable:
@@ -37,7 +37,6 @@ def cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) 
     return graph.replay
 
 
-WITHOUT = "set AMAML_CUDA_GRAPHS=0 to start its kernels one by one"
 CAPTURES = {"cuda": cuda_graph}  # by the type of device
 
 
