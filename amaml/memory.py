@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep for the next step what a step frees (glibc; others are left alone).
 
     By default it gives large pieces back to the system and gets them again page by page, which
-    takes about a quarter of a meta-iteration's time.
+    takes time in every meta-iteration.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
