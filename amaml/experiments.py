@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from itertools import product
 
+import torch
+from torch.quasirandom import SobolEngine
+
 from amaml.config import RunConfig
 
 Experiment = list[tuple[dict, RunConfig]]
@@ -158,6 +161,20 @@ PUBLISHED = (2.0, 1e-3)
 
 POINTS = 500  # rows a run that are published, at most
 POINTS_IN_A_GRID = 40
+POINTS_OF_A_START = 20
+
+# Random starts: all methods from the same ones, each with a seed of its own
+RATES = (1e-4, 10.0)
+ADAM_BETAS = (1e-6, 0.1)
+DRAWN_HYPER_RATES = (1e-5, 1.0)
+FIRST_SEED = 1000  # of the starts: apart from those that hyper rates were chosen by
+N_STARTS = {"quick": (12, 12), "medium": (128, 256), "paper": (256, 1024)}  # at first, and of some
+MAIN_VARIANTS = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")
+STARTS_SIZE = {
+    "quick": {"meta_batch_size": 4, "iterations": 40, "validation_tasks": 16},
+    "medium": {"meta_batch_size": 8, "iterations": 200, "validation_tasks": 32},
+    "paper": {"meta_batch_size": 32, "iterations": 1000, "validation_tasks": 64},
+}
 
 
 def figure_1(profile: str) -> Experiment:
@@ -298,6 +315,56 @@ def too_large(profile: str) -> Experiment:
     ]
 
 
+def log_uniform(n: int, seed: int, *ranges: tuple[float, float]) -> list[tuple[float, ...]]:
+    """The first `n` points of a scrambled Sobol sequence, log-uniform over the ranges.
+
+    Rounded to six significant digits, so that the ids of runs are the same everywhere.
+    """
+    unit = SobolEngine(len(ranges), scramble=True, seed=seed).draw(n, dtype=torch.float64)
+    return [
+        tuple(
+            float(f"{low * (high / low) ** u:.6g}")
+            for u, (low, high) in zip(point, ranges, strict=True)
+        )
+        for point in unit.tolist()
+    ]
+
+
+def starts(profile: str) -> Experiment:
+    """All methods from random starts (alpha_0, beta_0), paired by start, seed and tasks.
+
+    The first starts of every method stand first, then the others of the main ones.
+    """
+    first, last = N_STARTS[profile]
+    rates, adam = log_uniform(last, 0, RATES, RATES), log_uniform(last, 0, RATES, ADAM_BETAS)
+    drawn, h = log_uniform(last, 1, DRAWN_HYPER_RATES, DRAWN_HYPER_RATES), HYPER_RATE
+
+    def lines(i: int):
+        (alpha, beta), none = rates[i], (0.0, 0.0)
+        yield "plain", (alpha, beta), none, {}
+        yield "h = 0.001", (alpha, beta), (h, h), {}
+        yield "h drawn", (alpha, beta), drawn[i], {}
+        yield "null", (alpha * (1 + 1e-6), beta), none, {}
+        yield "h = 0.01", (alpha, beta), (1e-2, 1e-2), {}
+        yield "h = 0.0001", (alpha, beta), (1e-4, 1e-4), {}
+        yield "h = 0.1", (alpha, beta), (0.1, 0.1), {}
+        yield "alpha alone", (alpha, beta), (h, 0.0), {}
+        yield "beta alone", (alpha, beta), (0.0, h), {}
+        yield "Adam", adam[i], none, {"meta_optimizer": "adam"}
+        yield "Adam", adam[i], ADAM_HYPER_RATES, {"meta_optimizer": "adam"}
+
+    fields = STARTS_SIZE[profile] | {"validation_every": 10}
+    by_line: dict = {}
+    for i in range(last):
+        for variant, at, hyper_rates, other in lines(i):
+            labels = {"variant": variant, "start": i}
+            labelled = run(profile, at, hyper_rates, labels, seed=FIRST_SEED + i, **fields | other)
+            later, method = i >= first, labelled[0]["method"]
+            if not later or variant in MAIN_VARIANTS:
+                by_line.setdefault((later, method, variant), []).append(labelled)
+    return [labelled for line in by_line.values() for labelled in line]
+
+
 def behaviour(
     profile: str, *, seeds, cases=CASES, hyper_rates=(HYPER_RATE, HYPER_RATE), **fields
 ) -> Experiment:
@@ -346,7 +413,7 @@ FIGURES = {
     for experiment in (
         *(figure_1, far_too_large, figures_2_3, hyper_rates, adam_hyper_rates, too_large),
         *(appendix_1, appendix_2, appendix_3, appendix_4, appendix_5, appendix_6, appendix_7),
-        *(accuracy, accuracy_settings),
+        *(accuracy, accuracy_settings, starts),
     )
 }
 
@@ -361,5 +428,7 @@ def runs_of(figure: str, profile: str) -> Experiment:
 
 def points(figure: str) -> int:
     """How many rows of each run of a figure are published, at most."""
+    if figure == "starts":
+        return POINTS_OF_A_START
     counting = SETTINGS.get(figure, {}).get("threshold") is not None
     return POINTS_IN_A_GRID if counting else POINTS
