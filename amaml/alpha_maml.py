@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml.arguments import (
+from amaml.checks import (
     Loss,
     as_hyper_rate,
     as_scalar,

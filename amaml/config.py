@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amaml.alpha_maml import META_OPTIMIZERS
-from amaml.backward import meta_only
+from amaml.inner_loop import meta_only
 from amaml.data import LOADERS
 
 LARGEST = torch.finfo(torch.float32).max  # a larger rate would be infinite in the network's dtype

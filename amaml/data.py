@@ -178,7 +178,7 @@ def load_glyphs(seed: int = 0) -> Characters:
     cached = cache_folder() / f"glyphs-{PACKED_VERSION}-{seed}.npz"
     packed = read_packed(cached)
     if packed is None:
-        from amaml.glyphs import draw_glyphs  # needs matplotlib, the cached array does not
+        from amaml.datasets.glyphs import draw_glyphs  # needs matplotlib, the cached array does not
 
         packed = draw_glyphs(int(seed))
         write_packed(cached, *packed)

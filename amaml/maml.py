@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amaml import passes
-from amaml.arguments import (
+from amaml.checks import (
     Loss,
     Theta,
     as_scalar,
@@ -22,7 +22,7 @@ from amaml.arguments import (
     checked_loss,
     is_differentiated,
 )
-from amaml.backward import (
+from amaml.inner_loop import (
     by_mapping,
     by_recomputing,
     inner_loop,
@@ -30,7 +30,7 @@ from amaml.backward import (
     metrics_by_mapping,
 )
 from amaml.memory import keep_freed_memory
-from amaml.side_by_side import by_passes, metrics_by_passes
+from amaml.fast.meta_gradients import by_passes, metrics_by_passes
 from amaml.tasks import Tasks
 
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from amaml import checkpoints, files, provenance
 from amaml.alpha_maml import MetaState, evaluate, init_state
-from amaml.arguments import Loss
+from amaml.checks import Loss
 from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, as_device, split_characters
-from amaml.loop import Program, Underway, advance, status_after
+from amaml.runs.batch import Program, Underway, advance, status_after
 from amaml.model import OmniglotCNN
 from amaml.tasks import Tasks, TaskSampler
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 import amaml
 from amaml import passes, side_by_side
-from amaml.experiments import PROFILES
+from amaml.paper.experiments import PROFILES
 from benchmarks import peers
 from benchmarks.measures import ALPHA, AMAML, BETA, RATES, Bench, Rows, amaml_step, right_peers
 

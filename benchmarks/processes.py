@@ -15,8 +15,8 @@ import time
 import torch
 
 import amaml
-from amaml.experiments import PROFILES, RUNS_PER_BATCH
-from amaml.records import PROJECT
+from amaml.paper.experiments import PROFILES, RUNS_PER_BATCH
+from amaml.paper.records import PROJECT
 from benchmarks.measures import AMAML, Bench, Rows, amaml_step
 
 N_RUNS, RUN_ITERATIONS, N_WORKERS = 16, 100, 2

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import amaml
 from amaml import side_by_side
-from amaml.backward import by_mapping, by_recomputing
-from amaml.side_by_side import by_passes
+from amaml.inner_loop import by_mapping, by_recomputing
+from amaml.fast.meta_gradients import by_passes
 
 
 def omniglot_forward(theta, x):

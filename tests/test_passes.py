@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import amaml
 from amaml import maml, passes
-from amaml.passes import OmniglotPass, patches, prepare, sum_of_patches
-from amaml.side_by_side import derivatives
+from amaml.fast.omniglot_cnn import OmniglotPass, patches, prepare, sum_of_patches
+from amaml.fast.meta_gradients import derivatives
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

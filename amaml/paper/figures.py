@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
-from amaml.records import PROJECT, RECORDS, read_records
+from amaml.paper.records import PROJECT, RECORDS, read_records
 from amaml.tasks import Tasks
 
 METHODS = ("MAML", "Alpha MAML")

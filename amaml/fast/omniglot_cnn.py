@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml.arguments import Theta
+from amaml.checks import Theta
 from amaml.model import EPSILON, ConvBlock, OmniglotCNN, check_images, padding
 
 MODULES = [OmniglotCNN, nn.Sequential, *4 * [ConvBlock], nn.Linear]

@@ -17,9 +17,9 @@ from torch.autograd import Function
 from torch.func import vmap
 from torch.nn import functional as F
 
-from amaml.arguments import Loss, Theta
-from amaml.backward import accuracy, measure, measures, through_steps
-from amaml.passes import Images, OmniglotPass, prepare
+from amaml.checks import Loss, Theta
+from amaml.inner_loop import accuracy, measure, measures, through_steps
+from amaml.fast.omniglot_cnn import Images, OmniglotPass, prepare
 
 # On a CPU what a piece works on should not outgrow the caches by far; on a GPU it has to fit.
 EXAMPLES_AT_ONCE, EXAMPLES_AT_ONCE_ON_GPU = 80, 20_000

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from amaml.plotting import COLOURS, METHODS, loss_axis, use_style
+from amaml.paper.figures import COLOURS, METHODS, loss_axis, use_style
 
 OUTCOMES = ("reached", "not reached", "diverged")  # from the best to the worst
 HYPER_RATES = ["hyper_alpha", "hyper_beta"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from amaml.files import (
+from amaml.runs.files import (
     TRAIN_AGAIN,
     checksum,
     damaged,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from amaml.files import (
+from amaml.runs.files import (
     ANEW,
     LAYOUT,
     check_layout,

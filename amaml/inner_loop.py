@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn import functional as F
 
-from amaml.arguments import Loss, Theta
+from amaml.checks import Loss, Theta
 
 TASKS_AT_ONCE = 32  # tasks of any module that are evaluated at a time: 1,000 would fill the memory
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from amaml import graphs
 from amaml.alpha_maml import MetaState, meta_step, summary, task_metrics
-from amaml.arguments import Loss
+from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.maml import query_metrics
 from amaml.tasks import Tasks
