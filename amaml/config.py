@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from amaml.alpha_maml import META_OPTIMIZERS
-from amaml.inner_loop import meta_only
 from amaml.data import LOADERS
+from amaml.inner_loop import meta_only
 
 LARGEST = torch.finfo(torch.float32).max  # a larger rate would be infinite in the network's dtype
 LIBRARIES = {"amaml", "builtins", "collections", "functools", "numpy", "pandas", "pathlib", "torch"}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml import passes
 from amaml.checks import (
     Loss,
     Theta,
@@ -22,6 +21,8 @@ from amaml.checks import (
     checked_loss,
     is_differentiated,
 )
+from amaml.fast import omniglot_cnn
+from amaml.fast.meta_gradients import by_passes, metrics_by_passes
 from amaml.inner_loop import (
     by_mapping,
     by_recomputing,
@@ -30,7 +31,6 @@ from amaml.inner_loop import (
     metrics_by_mapping,
 )
 from amaml.memory import keep_freed_memory
-from amaml.fast.meta_gradients import by_passes, metrics_by_passes
 from amaml.tasks import Tasks
 
 
@@ -116,7 +116,7 @@ def query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Te
 def has_passes(model: nn.Module, theta: Theta, alpha: Tensor) -> bool:
     """Whether the written-out passes serve: they are the model's, and nobody differentiates through
     this call."""
-    return passes.apply_to(model, theta, meta_only(model)) and not is_differentiated(
+    return omniglot_cnn.apply_to(model, theta, meta_only(model)) and not is_differentiated(
         alpha, *theta.values()
     )
 

@@ -20,9 +20,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from amaml import experiments, files, records
 from amaml.config import RunConfig
 from amaml.data import as_device
+from amaml.paper import experiments, records
+from amaml.runs import files
 from amaml.training import Run, shape, train, train_together
 
 PUBLISH_EVERY = 20  # seconds between two publications: each writes the whole table

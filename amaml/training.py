@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amaml import checkpoints, files, provenance
 from amaml.alpha_maml import MetaState, evaluate, init_state
 from amaml.checks import Loss
 from amaml.config import RunConfig, digest
 from amaml.data import LOADERS, as_device, split_characters
-from amaml.runs.batch import Program, Underway, advance, status_after
 from amaml.model import OmniglotCNN
+from amaml.runs import checkpoints, files, provenance
+from amaml.runs.batch import Program, Underway, advance, status_after
 from amaml.tasks import Tasks, TaskSampler
 
 VARIED = ("alpha", "beta", "hyper_alpha", "hyper_beta", "seed")  # by runs that are made together

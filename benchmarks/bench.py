@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from amaml import provenance, records
+from amaml.paper import records
+from amaml.runs import provenance
 from benchmarks import costs, measures, peers, processes
 from benchmarks.measures import AMAML, PRODUCT, Bench
 

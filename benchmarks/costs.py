@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import amaml
-from amaml import passes, side_by_side
+from amaml.fast import meta_gradients, omniglot_cnn
 from amaml.paper.experiments import PROFILES
 from benchmarks import peers
 from benchmarks.measures import ALPHA, AMAML, BETA, RATES, Bench, Rows, amaml_step, right_peers
@@ -44,20 +44,20 @@ def maml_step(theta: dict[str, Tensor], tasks: amaml.Tasks) -> dict[str, Tensor]
     total = {name: torch.zeros_like(value) for name, value in theta.items()}
     n, pieces = len(tasks), 1
     if tasks.support_x.device.type == "cpu":
-        pieces = -(-n * tasks.support_x.shape[1] // side_by_side.EXAMPLES_AT_ONCE)
+        pieces = -(-n * tasks.support_x.shape[1] // meta_gradients.EXAMPLES_AT_ONCE)
     for i in range(pieces):
         piece = tasks[i * n // pieces : (i + 1) * n // pieces]
         alpha = theta["linear.bias"].new_full((len(piece),), ALPHA)
         prime = {name: value.expand(len(piece), *value.shape) for name, value in theta.items()}
-        support, query = passes.prepare(piece.support_x), passes.prepare(piece.query_x)
-        step = side_by_side.inner_step(prime, support, piece.support_y, F.cross_entropy)
-        prime = side_by_side.descend(prime, step, alpha)
+        support, query = omniglot_cnn.prepare(piece.support_x), omniglot_cnn.prepare(piece.query_x)
+        step = meta_gradients.inner_step(prime, support, piece.support_y, F.cross_entropy)
+        prime = meta_gradients.descend(prime, step, alpha)
         step = step._replace(gradient={})
-        at = passes.OmniglotPass(prime, query)
-        v = at.gradient(side_by_side.derivatives(F.cross_entropy, at.logits, piece.query_y)[1])
+        at = omniglot_cnn.OmniglotPass(prime, query)
+        v = at.gradient(meta_gradients.derivatives(F.cross_entropy, at.logits, piece.query_y)[1])
         del at, prime
         for name, h in step.at.pull(step.curvature(step.at.push(v))).items():
-            total[name] += side_by_side.less(v[name], alpha, h).sum(0)
+            total[name] += meta_gradients.less(v[name], alpha, h).sum(0)
     return {name: value - BETA / n * total[name] for name, value in theta.items()}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 import amaml
-from amaml import graphs
+from amaml.fast import cuda_graph
 from benchmarks import peers
 
 ALPHA, BETA, HYPER_RATE = 0.4, 0.01, 1e-3
@@ -108,8 +108,8 @@ def amaml_iteration(bench: Bench, model, sampler, inner_steps: int, meta_batch_s
         return state, torch.stack(list(metrics.values()))
 
     replay = step
-    if graphs.serve(torch.device(bench.device)):
-        replay = graphs.replayed(step, state, [generator])
+    if cuda_graph.serve(torch.device(bench.device)):
+        replay = cuda_graph.replayed(step, state, [generator])
 
     def iteration() -> None:
         nonlocal state

@@ -12,7 +12,7 @@ from conftest import relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 import amaml
-from amaml import records
+from amaml.paper import records
 from benchmarks import bench, costs, measures, peers
 from benchmarks.measures import ALPHA, AMAML, BETA, PRODUCT, Bench
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amaml import claims
+from amaml.paper import claims
 
 
 def counted(rows):

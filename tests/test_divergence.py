@@ -13,7 +13,7 @@ import torch
 from matplotlib.colors import to_hex
 
 import amaml
-from amaml import grids, plotting, records
+from amaml.paper import figures, grids, records
 from amaml.sweep import tabulate
 
 ITERATIONS = 14
@@ -164,12 +164,12 @@ def expected(table: pd.DataFrame, column: str) -> list[tuple]:
     """Colour and place of the end of each run that diverged."""
     ends = table[table["status"] == "diverged"].groupby("run").last()
     return sorted(
-        zip(ends["method"].map(plotting.COLOURS), ends["iteration"], ends[column], strict=True)
+        zip(ends["method"].map(figures.COLOURS), ends["iteration"], ends[column], strict=True)
     )
 
 
 def test_figure_1_marks_each_run_that_diverged(table):
-    figure = plotting.figure_1(table)
+    figure = figures.figure_1(table)
     figure.canvas.draw()
     columns = table["case"].nunique()
     for row, rate in enumerate(("alpha", "beta")):

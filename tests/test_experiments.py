@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from amaml import experiments
+from amaml.paper import experiments
 
 GRIDS = [(profile, figure) for profile, grids in experiments.GRIDS.items() for figure in grids]
 FIGURES = [(figure, profile) for figure in experiments.FIGURES for profile in experiments.PROFILES]

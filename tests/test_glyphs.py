@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from amaml import glyphs
+from amaml.datasets import glyphs
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -12,7 +12,8 @@ import pytest
 from matplotlib.colors import to_rgba
 
 import amaml
-from amaml import grids, plotting, provenance, records
+from amaml.paper import figures, grids, records
+from amaml.runs import provenance
 from amaml.sweep import tabulate
 
 LIMIT = 40
@@ -147,7 +148,7 @@ def test_equal_tables_give_equal_bytes(table, tmp_path):
         drawn = []
         for folder in ("first", "second"):
             figure = draw(table.copy())
-            drawn.append([p.read_bytes() for p in plotting.save(figure, name, folder, tmp_path)])
+            drawn.append([p.read_bytes() for p in figures.save(figure, name, folder, tmp_path)])
             plt.close(figure)
         assert drawn[0] == drawn[1]
 
@@ -190,7 +191,7 @@ def test_the_source_of_a_figure_names_data_seeds_and_commit(table, tmp_path):
         "runs": {table["run"].iloc[0]: 7200, "of another figure": 3600},
     }
     records.write_records("figures_2_3", "medium", table, [maker], tmp_path)
-    text = plotting.source(table, "figures_2_3", "medium", tmp_path)
+    text = figures.source(table, "figures_2_3", "medium", tmp_path)
     assert text.startswith(
         "Omniglot, profile medium, seeds 0, 1, 2\n1 runs at commit 0123456789 and"
     )

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 import amaml
-from amaml import alpha_maml, checkpoints, files
+from amaml import alpha_maml
+from amaml.runs import checkpoints, files
 
 CONFIG = amaml.RunConfig(
     data="glyphs", n_way=2, filters=2, meta_batch_size=1, iterations=14, validation_every=5,
@@ -228,16 +229,16 @@ def test_a_sweep_whose_workers_are_killed_gives_the_same_table(tmp_path):
 
     def die_at(count: int) -> int:
         """Let this worker be killed in an iteration; the one in its place is as it was."""
-        from amaml import loop
+        from amaml.runs import batch
 
-        left, step = iter(range(count)), loop.meta_step
+        left, step = iter(range(count)), batch.meta_step
 
         def deadly_step(*words, **more):
             if next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*words, **more)
 
-        loop.meta_step = deadly_step
+        batch.meta_step = deadly_step
         return os.getpid()
 
     configs = [replace(CONFIG, seed=seed) for seed in range(6)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import amaml
-from amaml import checkpoints
+from amaml.runs import checkpoints
 
 CONFIG = amaml.RunConfig(
     data="glyphs", n_way=2, filters=1, meta_batch_size=1, iterations=3000, validation_every=100,

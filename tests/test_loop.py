@@ -10,7 +10,8 @@ import torch
 from test_training import SMALL
 
 import amaml
-from amaml import graphs, loop
+from amaml.fast import cuda_graph
+from amaml.runs import batch
 from amaml.training import train_together
 
 CONFIG = amaml.RunConfig(**SMALL | {"iterations": 23, "validation_every": 4})
@@ -39,7 +40,7 @@ def test_runs_that_are_looked_at_seldom_end_where_they_should(
 ):
     configs = [replace(config, threshold=threshold, alpha=0.3) for config in VARIED]
     often = train_together(configs, tmp_path / "often")
-    monkeypatch.setattr(loop, "next_look", seldom)
+    monkeypatch.setattr(batch, "next_look", seldom)
     for run, expected in zip(train_together(configs, tmp_path / "seldom"), often, strict=True):
         assert same(run, expected)
     alone = amaml.train(configs[1], tmp_path / "alone", progress=False)
@@ -69,7 +70,7 @@ class Replays:
 def test_replayed_iterations_are_the_iterations(tmp_path, monkeypatch, one_thread, optimizer):
     configs = [replace(config, meta_optimizer=optimizer) for config in VARIED]
     plain = train_together(configs, tmp_path / "plain")
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", replays := Replays())
+    monkeypatch.setitem(cuda_graph.CAPTURES, "cpu", replays := Replays())
     for run, expected in zip(train_together(configs, tmp_path / "many"), plain, strict=True):
         assert same(run, expected)
     assert replays.captured == 2  # once more when one of the runs has diverged
@@ -92,7 +93,7 @@ def test_a_replay_that_gives_other_numbers_is_refused(tmp_path, monkeypatch):
 
         return replay
 
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", drawing_the_same_tasks_again)
+    monkeypatch.setitem(cuda_graph.CAPTURES, "cpu", drawing_the_same_tasks_again)
     with pytest.raises(RuntimeError, match="AMAML_CUDA_GRAPHS=0"):
         amaml.train(CONFIG, tmp_path, progress=False)
 

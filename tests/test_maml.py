@@ -12,9 +12,9 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 import amaml
-from amaml import side_by_side
-from amaml.inner_loop import by_mapping, by_recomputing
+from amaml.fast import meta_gradients
 from amaml.fast.meta_gradients import by_passes
+from amaml.inner_loop import by_mapping, by_recomputing
 
 
 def omniglot_forward(theta, x):
@@ -135,7 +135,7 @@ def test_the_pieces_of_a_meta_batch_give_the_gradient_of_the_whole(monkeypatch, 
     model, _forward, theta, tasks = prepared("OmniglotCNN")
     alphas = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)  # three runs of 2 tasks of 6 images
     batch = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-    monkeypatch.setattr(side_by_side, "EXAMPLES_AT_ONCE", examples_at_once)
+    monkeypatch.setattr(meta_gradients, "EXAMPLES_AT_ONCE", examples_at_once)
 
     def gradients(alpha):
         return amaml.meta_gradient(model, theta, alpha, tasks, inner_steps=2)

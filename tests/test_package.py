@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import amaml
-from amaml import grids, records
+from amaml.paper import grids, records
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 import amaml
-from amaml import maml, passes
-from amaml.fast.omniglot_cnn import OmniglotPass, patches, prepare, sum_of_patches
+from amaml import maml
+from amaml.fast import omniglot_cnn
 from amaml.fast.meta_gradients import derivatives
+from amaml.fast.omniglot_cnn import OmniglotPass, patches, prepare, sum_of_patches
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -226,4 +227,4 @@ def test_memory_is_kept_from_one_meta_gradient_to_the_next():
         amaml.meta_gradient(model, theta, 0.4, tasks)
         taken.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert sorted(taken[3:])[2] < 2000
-    assert passes.apply_to(model, theta, set(model.meta_only))
+    assert omniglot_cnn.apply_to(model, theta, set(model.meta_only))

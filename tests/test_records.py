@@ -24,7 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import amaml
-from amaml import checkpoints, data, files, records
+from amaml import data
+from amaml.paper import records
+from amaml.runs import checkpoints, files
 
 CONFIG = amaml.RunConfig(
     data="glyphs", n_way=2, filters=2, meta_batch_size=1, iterations=5, validation_tasks=2

@@ -13,7 +13,8 @@ from conftest import needs_omniglot
 from test_training import SMALL
 
 import amaml
-from amaml import checkpoints, grids, provenance, records
+from amaml.paper import grids, records
+from amaml.runs import checkpoints, provenance
 from amaml.training import train_together
 
 CONFIGS = [
@@ -74,7 +75,7 @@ import matplotlib
 matplotlib.use("agg")
 import torch
 import amaml
-from amaml import grids, plotting, records
+from amaml.paper import grids, figures, records
 
 one, _ = records.read_records("figure_1", "medium")
 two, _ = records.read_records("figures_2_3", "medium")
@@ -83,16 +84,16 @@ paths = two[(two["hyper_alpha"] == 1e-3) & (two["alpha_0"] > 1e-2)]
 glyphs = amaml.load_glyphs()
 tasks = amaml.TaskSampler(glyphs, n_way=3).sample(2, torch.Generator().manual_seed(0))
 figures = {
-    "figure_1": plotting.figure_1(one),
+    "figure_1": figures.figure_1(one),
     "heat_maps": grids.heat_maps(two),
     "slices": grids.slices(two),
     "paths": grids.paths(paths),
     "curves": grids.curves(two, (0.01, 0.01), (0.001, 0.001)),
-    "images": plotting.image_grid(glyphs.images[:2, :5], ["a", "b"]),
-    "tasks": plotting.task_grid(tasks),
+    "images": figures.image_grid(glyphs.images[:2, :5], ["a", "b"]),
+    "tasks": figures.task_grid(tasks),
 }
 for name, figure in figures.items():
-    plotting.save(figure, name, "drawn", sys.argv[1])
+    figures.save(figure, name, "drawn", sys.argv[1])
 """
 
 

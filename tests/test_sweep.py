@@ -15,7 +15,8 @@ import torch
 from test_training import SMALL
 
 import amaml
-from amaml import claims, experiments, plotting, records, sweep
+from amaml import sweep
+from amaml.paper import claims, experiments, figures, records
 from amaml.training import stream, train_together
 
 
@@ -114,14 +115,11 @@ def test_a_figure_trains_what_is_missing_and_is_drawn_from_its_records(tmp_path,
     assert list(dict.fromkeys(filled["run"])) == order  # however the runs finished
 
     drawn = [
-        [
-            path.read_bytes()
-            for path in plotting.save(plotting.figure_1(table), "f", folder, tmp_path)
-        ]
+        [path.read_bytes() for path in figures.save(figures.figure_1(table), "f", folder, tmp_path)]
         for folder in ("first", "second")
     ]
     assert drawn[0] == drawn[1]  # the same records give the same bytes
-    figure = plotting.figure_1(table)
+    figure = figures.figure_1(table)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert [title.split("\n")[0] for title in titles] == ["good", "too small", "too large"]
     line = figure.axes[0].lines[0]  # alpha, good case, MAML: constant
@@ -135,7 +133,7 @@ def test_a_figure_shows_runs_that_diverged(tmp_path, monkeypatch):
     table = sweep.figure_records("figure_1", "quick", **places)
     diverged = table[table["status"] == "diverged"]
     assert set(diverged["case"]) == {"too large"} and diverged["iteration"].max() < 12
-    figure = plotting.figure_1(table)
+    figure = figures.figure_1(table)
     crosses = [line for line in figure.axes[2].lines if line.get_marker() == "x"]
     assert len(crosses) == diverged["run"].nunique()
     final = records.final_validation(table)
@@ -196,7 +194,8 @@ def test_pieces_need_neither_dask_nor_what_draws(tmp_path):
 import sys
 for name in ("dask", "distributed", "matplotlib", "seaborn", "torchvision", "PIL", "papermill"):
     sys.modules[name] = None  # importing it is an error
-from amaml import experiments, sweep
+from amaml import sweep
+from amaml.paper import experiments
 experiments.PROFILES["paper"] = experiments.PROFILES["quick"] | {"filters": 2, "iterations": 2}
 sweep.main(["--figure", "figure_1", "--profile", "paper", "--minutes", "5", *sys.argv[1:]])
 """

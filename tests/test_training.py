@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import amaml
-from amaml import checkpoints, files, records
 from amaml.config import digest
+from amaml.paper import records
+from amaml.runs import checkpoints, files
 from amaml.training import stream, train_together
 
 SMALL = {

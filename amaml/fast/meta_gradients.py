@@ -18,8 +18,8 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from amaml.checks import Loss, Theta
-from amaml.inner_loop import accuracy, measure, measures, through_steps
 from amaml.fast.omniglot_cnn import Images, OmniglotPass, prepare
+from amaml.inner_loop import accuracy, measure, measures, through_steps
 
 # On a CPU what a piece works on should not outgrow the caches by far; on a GPU it has to fit.
 EXAMPLES_AT_ONCE, EXAMPLES_AT_ONCE_ON_GPU = 80, 20_000

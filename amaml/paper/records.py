@@ -25,7 +25,7 @@ from amaml.runs.files import (
     writing,
 )
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 RECORDS = PROJECT / "figures" / "records"
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from amaml import graphs
 from amaml.alpha_maml import MetaState, meta_step, summary, task_metrics
 from amaml.checks import Loss
 from amaml.config import RunConfig
+from amaml.fast import cuda_graph
 from amaml.maml import query_metrics
 from amaml.tasks import Tasks
 
@@ -67,9 +67,9 @@ class Program:
             self.validation = together([run.validation for run in runs])
         self.names: list[str] = []  # of the metrics
         self.iterate = self.iterate_once
-        if graphs.serve(like.device):
+        if cuda_graph.serve(like.device):
             generators = [run.generator for run in self.drawing]
-            self.iterate = graphs.replayed(self.iterate_once, self.load(), generators)
+            self.iterate = cuda_graph.replayed(self.iterate_once, self.load(), generators)
 
     def load(self) -> MetaState:
         """The states of the runs; of more than one, with the runs in front of all tensors."""
