@@ -11,14 +11,25 @@ RETRAINED := $(if $(filter-out 0 no false False,$(RETRAIN)),True,False)
 # need images only to train: with records they draw from those, in seconds. The chapter on one's own
 # tasks makes them itself, the one on performance draws from its record alone.
 TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
-FIGURES := 05_figure_1 06_figures_2_3 07_appendix_figures 08_claims
-OWN := 09_your_own
-RECORDED := 10_performance
+FIGURES := 05_figure_1 06_figures_2_3 07_appendix_figures 10_claims
+OWN := 11_your_own
+RECORDED := 12_performance
 EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES) $(OWN) $(RECORDED)
+
+# make's functions take a path with spaces for several: here each space is a ␣ in between.
 ifdef DATA
-export AMAML_DATA := $(abspath $(patsubst ~/%,$(HOME)/%,$(DATA)))
+space := $(subst ,, )
+home := $(subst $(space),␣,$(HOME))
+path := $(patsubst ~/%,$(home)/%,$(subst $(space),␣,$(DATA)/))
+export AMAML_DATA := $(subst ␣,$(space),$(abspath $(path)))
 endif
 
+# What is misspelt must not be passed over: make RETRIAN=1, or a parameter that a notebook has not.
+OPTIONS := PROFILE DATA RETRAIN SECONDS SEED PYTHON VENV
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
+ifneq ($(filter-out $(OPTIONS),$(GIVEN)),)
+$(error $(filter-out $(OPTIONS),$(GIVEN)) is unknown: give $(OPTIONS))
+endif
 ifeq ($(filter quick medium paper,$(PROFILE)),)
 $(error PROFILE=$(PROFILE) is unknown: give quick, medium or paper)
 endif
@@ -34,9 +45,9 @@ help:  ## list the commands
 	@echo "  DATA=folder                  where Omniglot's images_background and images_evaluation are"
 	@echo "  RETRAIN=1                    train again what has records"
 
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -44,9 +55,15 @@ figures: $(VENV)/installed  ## execute all notebooks and draw all figures
 	@mkdir -p $(BUILT)
 	@set -e; for chapter in $(EXECUTED); do \
 		echo "-- $$chapter ($(PROFILE))"; \
-		case " $(FIGURES) " in *" $$chapter "*) options="-p retrain $(RETRAINED)";; *) options=;; esac; \
+		parameters="profile=$(PROFILE)"; options=; \
+		case " $(FIGURES) " in *" $$chapter "*) parameters="$$parameters retrain=$(RETRAINED)";; esac; \
+		for parameter in $$parameters; do \
+			grep -q "\"$${parameter%=*} = " book/$$chapter.ipynb || \
+				{ echo "$$chapter has no parameter $${parameter%=*}" >&2; exit 1; }; \
+			options="$$options -p $${parameter%=*} $${parameter#*=}"; \
+		done; \
 		$(BIN)/papermill --cwd book --no-progress-bar --log-level WARNING \
-			-p profile $(PROFILE) $$options book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
+			$$options book/$$chapter.ipynb $(BUILT)/$$chapter.ipynb; \
 	done
 	@echo "executed notebooks: $(BUILT)"
 	@echo "pictures:           figures/$(PROFILE)"
@@ -55,14 +72,16 @@ figures: $(VENV)/installed  ## execute all notebooks and draw all figures
 test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, the pairs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q -rs --ignore tests/test_pairs.py tests
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q -rs \
+		--cov=amaml --cov-report=term --cov-fail-under=95 --ignore tests/book/test_pairs.py tests
 	$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-kernel-startup-timeout=120 \
 		-p no:cacheprovider book
-	$(BIN)/python -m pytest -q tests/test_pairs.py
+	$(BIN)/python -m pytest -q tests/book/test_pairs.py
 
 fuzz: $(VENV)/installed  ## random damage to all files for SECONDS=600, from SEED=0
 	OMP_NUM_THREADS=1 AMAML_FUZZ_SECONDS=$(or $(SECONDS),600) AMAML_FUZZ_SEED=$(or $(SEED),0) \
-		$(BIN)/python -m pytest -q tests/test_fuzz.py
+		$(BIN)/python -m pytest -q tests/faults/test_fuzz.py
 
 bench: $(VENV)/installed  ## measure speed and memory, about six minutes on two idle cores
 	$(BIN)/python -m benchmarks.bench
@@ -78,6 +97,7 @@ book: $(VENV)/installed  ## build the pages from the committed notebooks
 
 notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb
 	@set -e; for chapter in $(TEACHING) $(FIGURES) $(OWN) $(RECORDED); do \
+		$(BIN)/jupytext --to md:myst book/$$chapter.md; \
 		$(BIN)/jupytext --to ipynb --execute book/$$chapter.md; \
 	done
 

@@ -8,21 +8,11 @@ from amaml.config import RunConfig
 from amaml.data import Characters, Split, load_glyphs, load_omniglot, split_characters
 from amaml.maml import adapt, meta_gradient
 from amaml.model import OmniglotCNN
+from amaml.sweep import run_all
 from amaml.tasks import Tasks, TaskSampler
 from amaml.training import Run, train
 
-__version__ = "0.1.0"
-
-
-def __getattr__(name: str):
-    # Loaded when asked for: `python -m amaml.sweep` would otherwise find itself imported already.
-    if name == "run_all":
-        from amaml.sweep import run_all
-
-        return run_all
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
+__version__ = "0.2.0"
 __all__ = [
     "Characters",
     "MetaState",

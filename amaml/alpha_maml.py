@@ -6,72 +6,71 @@ Equation 9 and Algorithm 2 of Behl et al. (2019), as a pure function from one st
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml.checks import (
-    Loss,
-    as_hyper_rate,
-    as_scalar,
-    check_call,
-    check_module,
-    checked_loss,
-)
-from amaml.maml import meta_gradient, query_metrics, same_dtype
+from amaml.checks import Loss, as_hyper_rate, as_scalar, check_module
+from amaml.config import CHOICES
+from amaml.maml import meta_gradient, query_metrics, widest
+from amaml.shapes import Float
 from amaml.tasks import Tasks
-
-META_OPTIMIZERS = ("sgd", "adam")
 
 
 class MetaState(NamedTuple):
     """All that Alpha MAML carries from one iteration to the next; tensors only.
 
-    theta      dict by parameter name: the initialisation that is being learned
-    alpha      scalar: inner learning rate of the next iteration
-    beta       scalar: meta learning rate of the iteration just done
-    direction  dict like theta: the last meta-step went along minus this (with the meta-optimiser
-               "sgd" it is the previous meta-gradient); zeros before the first iteration
-    moments    dict of dicts, empty for "sgd"; for "adam" its first and second moment, and `count`
+    Attributes:
+        theta: dict by parameter name: the initialisation that is being learned.
+        alpha: scalar: inner learning rate of the next iteration.
+        beta: scalar: meta learning rate of the iteration just done.
+        direction: dict like theta: the last meta-step went along minus this (with "sgd" it is the
+            previous meta-gradient); zeros before the first iteration.
+        moments: dict of dicts, empty for "sgd"; for "adam" its `first` and `second` moment, and
+            `count`.
     """
 
     theta: dict[str, Tensor]
-    alpha: Tensor
-    beta: Tensor
+    alpha: Float[Tensor, ""]
+    beta: Float[Tensor, ""]
     direction: dict[str, Tensor]
     moments: dict
 
 
 def init_state(
-    model: nn.Module, alpha: float, beta: float, *, meta_optimizer: str = "sgd"
+    model: nn.Module, alpha: float | Tensor, beta: float | Tensor, *, meta_optimizer: str = "sgd"
 ) -> MetaState:
     """The state before the first iteration; `model`'s trainable parameters are copied.
 
-    `alpha` and `beta` are the starting rates, finite and not negative (0 is allowed: hypergradient
-    descent can leave it). `meta_optimizer` is "sgd", as in the paper, or "adam". Raises ValueError
-    for rates or a meta-optimiser out of range, and for a model that `meta_gradient` refuses.
+    Args:
+        model: a module that `meta_gradient` takes.
+        alpha: starting inner rate, finite and >= 0 (hypergradient descent can leave 0).
+        beta: starting meta rate, likewise.
+        meta_optimizer: "sgd", as in the paper, or "adam".
+
+    Raises:
+        ValueError: for rates or a meta-optimiser out of range, or a model that cannot serve.
     """
     check_module(model)
     theta = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     if not theta:
         raise ValueError("the model has no trainable parameter, so there is nothing to learn")
-    like = next(iter(theta.values()))
     rates = {}
     for name, rate in (("alpha", alpha), ("beta", beta)):
-        rates[name] = as_scalar(name, rate, like).detach().clone()
+        rates[name] = as_scalar(name, rate, like=widest(theta)).detach().clone()
         if not math.isfinite(rates[name]) or rates[name] < 0:
             raise ValueError(f"{name}={float(rate)}: a starting rate must be finite and >= 0")
-    if meta_optimizer not in META_OPTIMIZERS:
-        raise ValueError(
-            f"meta_optimizer={meta_optimizer!r}: known are {', '.join(META_OPTIMIZERS)}"
-        )
-    moments = {}
+    if meta_optimizer not in CHOICES["meta_optimizer"]:
+        known = ", ".join(CHOICES["meta_optimizer"])
+        raise ValueError(f"meta_optimizer={meta_optimizer!r}: known are {known}")
+    moments: dict = {}
     if meta_optimizer == "adam":
-        moments = {"first": zeros_like(theta), "second": zeros_like(theta)}
-        moments["count"] = torch.zeros_like(rates["beta"])
-    return MetaState(theta, **rates, direction=zeros_like(theta), moments=moments)
+        count = torch.zeros_like(rates["beta"])
+        moments = {"first": zeros_like(theta), "second": zeros_like(theta), "count": count}
+    return MetaState(theta, rates["alpha"], rates["beta"], zeros_like(theta), moments)
 
 
 def meta_step(
@@ -85,33 +84,48 @@ def meta_step(
     first_order: bool = False,
     recompute: bool = False,
     loss: Loss = F.cross_entropy,
-) -> tuple[MetaState, dict[str, Tensor]]:
-    """One iteration of Algorithm 2: returns the next state, and what was measured on the way.
+) -> tuple[MetaState, dict[str, Float[Tensor, ""]]]:
+    """One iteration of Algorithm 2.
 
     The gradient over the meta-batch is the mean over its tasks (equation 9 has the sum; the
     difference is a change of scale of beta and of the hyper rates). `hyper_alpha` = `hyper_beta`
-    = 0 is MAML, Algorithm 1. The rates are not clamped. For `recompute` see `meta_gradient`.
+    = 0 is MAML, Algorithm 1. The rates are not clamped.
 
-    `metrics` holds scalars: `support_loss` (at theta), `query_loss` and `query_accuracy` (at
-    theta_prime), the `alpha` and `beta` of this iteration, `gradient_norm` of the meta-gradient,
-    and the two hypergradients `d_alpha` (equation 4) and `d_beta` (equation 6). With `first_order`
-    these are taken with the first-order gradients, and so only approximate.
+    Args:
+        model: the module that `state` belongs to; it is left as it is.
+        state: the state after the iteration before, or that of `init_state`.
+        tasks: this iteration's meta-batch.
+        hyper_alpha: hyper learning rate of alpha, >= 0.
+        hyper_beta: hyper learning rate of beta, >= 0.
+        inner_steps, first_order, recompute, loss: see `meta_gradient`.
+
+    Returns:
+        (next_state, metrics). Metrics are scalars: `support_loss` (at theta), `query_loss` and
+        `query_accuracy` (at theta_prime), the `alpha` and `beta` of this iteration,
+        `gradient_norm` of the meta-gradient, and the hypergradients `d_alpha` (equation 4) and
+        `d_beta` (equation 6); with `first_order` these are approximate.
     """
     check_state(state)
     theta, alpha, beta, direction, moments = state
     hyper_alpha = as_hyper_rate("hyper_alpha", hyper_alpha, like=alpha)
     hyper_beta = as_hyper_rate("hyper_beta", hyper_beta, like=beta)
-    inner = {"inner_steps": inner_steps, "first_order": first_order, "recompute": recompute}
     gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)
-        model, theta, alpha, tasks, **inner, loss=loss
+        model,
+        theta,
+        alpha,
+        tasks,
+        inner_steps=inner_steps,
+        first_order=first_order,
+        recompute=recompute,
+        loss=loss,
     )
     d_beta = -dot(gradient, direction)  # (6)
-    beta = descend(beta, hyper_beta, d_beta)  # (9), second line
+    beta = update_rate(beta, hyper_beta, d_beta)  # (9), second line
     direction, moments = descent_direction(gradient, moments)
     theta = {name: theta[name] - beta * direction[name] for name in theta}  # (9), third line
     metrics |= {"alpha": alpha, "beta": beta, "gradient_norm": dot(gradient, gradient).sqrt()}
     metrics |= {"d_alpha": d_alpha, "d_beta": d_beta}
-    alpha = descend(alpha, hyper_alpha, d_alpha)  # (9), first line: for the next iteration
+    alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), first line: for the next iteration
     return MetaState(theta, alpha, beta, direction, moments), metrics
 
 
@@ -123,26 +137,25 @@ def evaluate(
     inner_steps: int = 1,
     loss: Loss = F.cross_entropy,
 ) -> dict[str, float]:
-    """Query loss and accuracy after adaptation, means over the tasks with 95 % intervals.
+    """Query loss and accuracy after adaptation: means over the tasks with 95 % intervals.
 
-    Returns `query_loss`, `query_loss_ci95` and, for the cross-entropy, `query_accuracy` (0..1) and
-    `query_accuracy_ci95`: each interval is mean +- ci95, 1.96 standard errors over the tasks (not
-    a number for a single task). With a model that normalises by batch statistics the query set is
-    seen as a whole: the accuracy is transductive.
+    With a model that normalises by batch statistics the query set is seen as a whole: the accuracy
+    is transductive.
+
+    Returns:
+        `query_loss`, `query_loss_ci95` and, for the cross-entropy, `query_accuracy` (0..1) and
+        `query_accuracy_ci95`. Each interval is mean +- ci95, 1.96 standard errors over the tasks
+        (not a number for a single task).
     """
-    return summary(task_metrics(model, state, tasks, inner_steps=inner_steps, loss=loss))
+    return summary(metrics_per_task(model, state, tasks, inner_steps=inner_steps, loss=loss))
 
 
-def task_metrics(
+def metrics_per_task(
     model: nn.Module, state: MetaState, tasks: Tasks, *, inner_steps: int, loss: Loss
-) -> dict[str, Tensor]:
-    """What `evaluate` gives the means of: `query_loss` and `query_accuracy`, (tasks,) each."""
+) -> dict[str, Float[Tensor, " tasks"]]:
+    """What `evaluate` gives the means of."""
     check_state(state)
-    check_call(model, state.theta, inner_steps, False, loss, tasks)
-    loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
-    theta, (support_x, query_x) = same_dtype(state.theta, tasks.support_x, tasks.query_x)
-    batch = (support_x, tasks.support_y, query_x, tasks.query_y)
-    return query_metrics(model, theta, state.alpha, batch, inner_steps, loss)
+    return query_metrics(model, state.theta, state.alpha, tasks, inner_steps, loss)
 
 
 def summary(measured: dict[str, Tensor]) -> dict[str, float]:
@@ -150,8 +163,8 @@ def summary(measured: dict[str, Tensor]) -> dict[str, float]:
     numbers = {}
     for name, values in measured.items():
         values = values.double()
-        error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        numbers[name], numbers[f"{name}_ci95"] = float(values.mean()), float(1.96 * error)
+        error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        numbers[name], numbers[f"{name}_ci95"] = float(values.mean()), 1.96 * error
     return numbers
 
 
@@ -162,7 +175,7 @@ def check_state(state: MetaState) -> None:
         )
 
 
-def descend(rate: Tensor, hyper_rate: Tensor, hypergradient: Tensor) -> Tensor:
+def update_rate(rate: Tensor, hyper_rate: Tensor, hypergradient: Tensor) -> Tensor:
     """One step of gradient descent on a learning rate.
 
     A hyper rate of zero leaves the rate alone also where the hypergradient is not finite, since
@@ -191,9 +204,9 @@ def descent_direction(gradient: dict[str, Tensor], moments: dict) -> tuple[dict[
     return direction, {"first": first, "second": second, "count": count}
 
 
-def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Float[Tensor, ""]:
     """The dot product over all parameters."""
-    return sum((a[name] * b[name]).sum() for name in a)
+    return reduce(torch.add, ((a[name] * b[name]).sum() for name in a))
 
 
 def zeros_like(theta: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
-"""What the functions of `maml` and `alpha_maml` take: wrong arguments are refused by name."""
+"""What `maml` and `alpha_maml` are given: arguments that would give wrong numbers are refused."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from functools import wraps
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +15,10 @@ from torch.nn import functional as F
 from amaml.tasks import Tasks
 
 Theta = Mapping[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
 
 
-def check_call(
-    model: nn.Module,
-    theta: Theta,
-    inner_steps: int,
-    first_order: bool,
-    loss: Loss,
-    tasks: Tasks | None = None,
-) -> None:
+def check_call(model, theta, inner_steps, first_order, loss, tasks=None) -> None:
     """Raise TypeError or ValueError for arguments that do not go with the model."""
     check_module(model)
     if not isinstance(theta, Mapping):
@@ -44,10 +39,7 @@ def check_call(
                 f"theta[{name!r}] must have the shape {tuple(parameters[name].shape)} of the "
                 f"model's parameter, not {tuple(value.shape)}"
             )
-    if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
-        raise TypeError(f"inner_steps must be a whole number, not {inner_steps!r}")
-    if inner_steps < 1:
-        raise ValueError(f"inner_steps={inner_steps}: at least 1 is needed")
+    whole_number("inner_steps", inner_steps)
     if not isinstance(first_order, bool):
         raise TypeError(f"first_order={first_order!r}: must be True or False")
     if not callable(loss):
@@ -59,18 +51,20 @@ def check_call(
 def check_module(model: nn.Module) -> None:
     """Raise unless `model` is a function of its parameters and its input alone.
 
-    TypeError for anything but an `nn.Module`; ValueError for running statistics (they would tie
-    the tasks of a meta-batch together and leak from training to evaluation) and for dropout
-    (its random numbers come from no generator of ours, so a run could not be repeated).
+    Running statistics that are updated would tie the tasks of a meta-batch together and leak from
+    training to evaluation; dropout draws from no generator of ours, so no run could be repeated.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is what torch.compile gave; give the module itself")
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if getattr(module, "running_mean", None) is not None:
+        if getattr(module, "running_mean", None) is not None and module.training:
             raise ValueError(
                 f"{name or 'the model'} is a {kind} with running statistics; build it with "
-                "track_running_stats=False, so that each set is normalised by itself"
+                "track_running_stats=False, so that each set is normalised by itself, or call "
+                "model.eval() to keep the statistics as they are"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
@@ -80,9 +74,9 @@ def check_module(model: nn.Module) -> None:
 
 
 def checked_loss(loss: Loss, **labels: Tensor) -> Loss:
-    """`loss` with checks of what it gives and, for the cross-entropy, of the labels.
+    """`loss` with a check of what it gives and, for the cross-entropy, of the labels.
 
-    Their range is looked at where that is cheap and possible: on the CPU, and outside of `vmap`.
+    Their range is looked at where that is cheap and possible: on the CPU, outside of `vmap`.
     """
     limits = {}
     if loss is F.cross_entropy:
@@ -93,9 +87,9 @@ def checked_loss(loss: Loss, **labels: Tensor) -> Loss:
                 limits[name] = int(y.min()), int(y.max())
 
     @wraps(loss)
-    def checked(prediction: Tensor, target: Tensor) -> Tensor:
-        classes = prediction.shape[-1]
+    def checked(prediction, target: Tensor) -> Tensor:
         for name, (least, most) in limits.items():
+            classes = prediction.shape[1]
             if not 0 <= least <= most < classes:
                 raise ValueError(
                     f"{name} holds labels from {least} to {most}; the model has {classes} outputs, "
@@ -110,40 +104,7 @@ def checked_loss(loss: Loss, **labels: Tensor) -> Loss:
     return checked
 
 
-def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a `torch.func` transform is at work on any of these."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-
-
-def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A rate as a tensor without dimensions; raises for anything but one number."""
-    if not isinstance(value, Tensor):  # by way of float64: float32 would cut a Python number short
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}={value!r}: must be a number")
-        try:
-            value = torch.tensor(float(value), dtype=torch.float64)
-        except OverflowError as error:
-            raise ValueError(f"{name} is too large a number: it must be finite") from error
-    if value.ndim != 0:
-        raise ValueError(
-            f"{name} must be one number, as in the paper; got a tensor of shape "
-            f"{tuple(value.shape)}"
-        )
-    return value.to(like)
-
-
-def as_hyper_rate(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A hyper learning rate as a tensor; ValueError for numbers that are negative or not finite.
-
-    What a tensor holds is not looked at: it may be on a GPU, or one of many under `vmap`.
-    """
-    rate = as_scalar(name, value, like)
-    if not isinstance(value, Tensor) and not 0 <= float(value) <= torch.finfo(like.dtype).max:
-        raise ValueError(f"{name}={value}: a hyper learning rate must be finite and >= 0")
-    return rate
-
-
-def check_examples(x: Tensor, y: Tensor) -> None:
+def check_examples(x, y) -> None:
     """Raise TypeError or ValueError unless these are the inputs and targets of one task."""
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -154,6 +115,49 @@ def check_examples(x: Tensor, y: Tensor) -> None:
             f"x has {examples[0]} examples, y has {examples[1]}; they must have the same number, "
             "at least one example"
         )
+
+
+def whole_number(name: str, value, least: int = 1) -> int:
+    """An integer, of numpy's as well, as an int; TypeError or ValueError for anything else."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}={number}: must be at least {least}")
+    return number
+
+
+def as_scalar(name: str, value, like: Tensor) -> Tensor:
+    """A rate as a tensor without dimensions; raises for anything but one number."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r}: must be a number")
+        return torch.tensor(float(value), dtype=like.dtype, device=like.device)
+    if value.ndim != 0:
+        raise ValueError(
+            f"{name} must be one number, as in the paper; got a tensor of shape "
+            f"{tuple(value.shape)}"
+        )
+    return value.to(like)
+
+
+def as_hyper_rate(name: str, value: Any, like: Tensor) -> Tensor:
+    """A hyper learning rate as a tensor; ValueError for numbers that are negative or not finite.
+
+    What a tensor holds is not looked at: it may be on a GPU, or one of many under `vmap`.
+    """
+    outside = isinstance(value, Real) and not 0 <= float(value) <= torch.finfo(like.dtype).max
+    if outside:
+        raise ValueError(f"{name}={value}: a hyper learning rate must be finite and >= 0")
+    return as_scalar(name, value, like)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a `torch.func` transform is at work on it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

@@ -2,114 +2,97 @@
 
 A task (elsewhere also called an episode) is a small classification problem: `n_way` characters,
 `k_shot` drawings of each to adapt to (the support set, D^train in the paper) and `k_query` others
-to be judged on (the query set, D^test). A `TaskSampler` draws a whole meta-batch of them at once,
-on the device that the drawings are on, and takes every random number from the generator it is
-given.
+to be judged on (the query set, D^test).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index as whole  # an int of any whole number, of numpy's as well
 
 import torch
 from torch import Tensor
 
 from amaml.data import Characters, as_device
+from amaml.shapes import Int, Shaped
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """A meta-batch of tasks: four tensors whose first dimension counts the tasks.
+    """A meta-batch of tasks: four tensors whose first two dimensions are (tasks, examples).
 
-    For the characters of Omniglot the shapes are
+    For one's own tasks they hold whatever one's model and loss take. For Omniglot:
 
-        support_x  (meta_batch_size, n_way*k_shot, 1, 28, 28)    in [0, 1], ink = 1
-        support_y  (meta_batch_size, n_way*k_shot)               int64 in 0..n_way-1
-        query_x    (meta_batch_size, n_way*k_query, 1, 28, 28)
-        query_y    (meta_batch_size, n_way*k_query)
+    Args:
+        support_x: (meta_batch_size, n_way*k_shot, 1, 28, 28), float32 in [0, 1], ink = 1.
+        support_y: (meta_batch_size, n_way*k_shot), int64 in 0..n_way-1.
+        query_x: (meta_batch_size, n_way*k_query, 1, 28, 28), like support_x.
+        query_y: (meta_batch_size, n_way*k_query), like support_y.
 
-    and for one's own tasks whatever one's model and loss take, as long as the first two dimensions
-    are (meta_batch_size, examples). Raises TypeError for anything but tensors, ValueError where
-    the four do not fit together.
+    Raises:
+        ValueError: The four do not fit together.
     """
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support_x: Shaped[Tensor, "tasks support ..."]
+    support_y: Shaped[Tensor, "tasks support ..."]
+    query_x: Shaped[Tensor, "tasks query ..."]
+    query_y: Shaped[Tensor, "tasks query ..."]
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-            if value.ndim < 2:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; its first two dimensions must be "
-                    "(meta_batch_size, examples): one task alone is given as a batch of one"
-                )
-        if len({value.device for value in vars(self).values()}) != 1:
-            devices = {name: str(value.device) for name, value in vars(self).items()}
-            raise ValueError(f"the four tensors must be on the same device, got {devices}")
-        if len({len(value) for value in vars(self).values()}) != 1:
-            shapes = {name: tuple(value.shape) for name, value in vars(self).items()}
-            raise ValueError(f"the four tensors must hold the same number of tasks, got {shapes}")
-        for name, x, y in (
-            ("support", self.support_x, self.support_y),
-            ("query", self.query_x, self.query_y),
-        ):
-            if x.shape[1] != y.shape[1]:
-                raise ValueError(
-                    f"{name}_x has {x.shape[1]} examples a task, {name}_y has {y.shape[1]}; "
-                    "they must be the same"
-                )
-        if 0 in (*self.support_x.shape[:2], self.query_x.shape[1]):
+        shapes = {name: tuple(value.shape) for name, value in vars(self).items()}
+        support_x, support_y, query_x, query_y = (shape[:2] for shape in shapes.values())
+        alike = support_x == support_y and query_x == query_y and support_x[:1] == query_x[:1]
+        if not alike or len(support_x + query_x) < 4 or 0 in support_x + query_x:
             raise ValueError(
-                "a meta-batch needs at least one task with at least one support and one query "
-                f"example, got support_x {tuple(self.support_x.shape)} and "
-                f"query_x {tuple(self.query_x.shape)}"
+                "the four tensors must begin with the same number of tasks, then of examples in x "
+                "and y, at least one of each (a single task is a batch of one), not with "
+                + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             )
 
     def __len__(self) -> int:
-        """The number of tasks."""
         return len(self.support_x)
 
-    def __getitem__(self, index: slice | Tensor) -> Tasks:
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Tasks:
         """Some of the tasks, as a meta-batch: `tasks[:8]`; a single index keeps its dimension."""
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"task {index} of {len(self)}, which are counted from 0")
-            index = slice(index, index + 1 or None)
-        return Tasks(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index).reshape(-1)
+        return Tasks(*(value[index] for value in vars(self).values()))
 
     def double(self) -> Tasks:
         """The same tasks in float64; labels stay integers."""
         return self.to(dtype=torch.float64)
 
-    def to(self, device=None, dtype: torch.dtype | None = None) -> Tasks:
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tasks:
         """The same tasks on another device, or with floating-point tensors of another dtype."""
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(
-                f"dtype={dtype!r}: must be a floating-point dtype such as torch.float64"
-            )
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype={dtype} must be a floating-point dtype such as torch.float64")
         device = None if device is None else as_device(device)
-        moved = {}
-        for name, value in vars(self).items():
+        moved = []
+        for value in vars(self).values():
             kind = dtype if value.is_floating_point() else None
-            moved[name] = value.to(device=device, dtype=kind)
-        return replace(self, **moved)
+            moved.append(value.to(device=device, dtype=kind))
+        return Tasks(*moved)
 
 
 @dataclass(frozen=True)
 class TaskSampler:
     """Draws tasks from `characters`: section 5 of the paper, after Vinyals et al. (2016).
 
-    Each task has `n_way` different characters; of each, `k_shot` drawings go to the support set
-    and `k_query` other ones to the query set. With `rotate`, each character of a task is turned
-    by 0, 90, 180 or 270 degrees, all its images alike. Labels are 0..n_way-1 in the order in
-    which the characters were drawn; the images of a set stand label by label.
+    Labels are 0..n_way-1 in the order in which a task's characters were drawn; the images of a
+    set stand label by label.
 
-    Raises ValueError where the characters or their drawings do not suffice.
+    Args:
+        characters: What to draw from, on any device.
+        n_way: Different characters per task.
+        k_shot: Drawings of each in the support set.
+        k_query: Other drawings of each in the query set.
+        rotate: Turn each character of a task, all its images alike, by 0, 90, 180 or 270 degrees.
+
+    Raises:
+        ValueError: The characters or their drawings do not suffice.
     """
 
     characters: Characters
@@ -120,61 +103,33 @@ class TaskSampler:
 
     def __post_init__(self):
         for name in ("n_way", "k_shot", "k_query"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
-        if not isinstance(self.rotate, bool):
-            raise TypeError(f"rotate={self.rotate!r}: must be True or False")
-        if not isinstance(self.characters, Characters):
-            raise TypeError(
-                "characters must be amaml.Characters (from load_omniglot, load_glyphs or "
-                f"split_characters), not {type(self.characters).__name__}"
-            )
-        n_characters, n_drawings = self.characters.images.shape[:2]
-        if self.n_way < 2:
-            raise ValueError(f"n_way={self.n_way}: a task needs at least 2 characters")
-        if self.n_way > n_characters:
+            object.__setattr__(self, name, whole(getattr(self, name)))
+        n, n_drawings = self.characters.images.shape[:2]
+        n_way, k_shot, k_query = self.n_way, self.k_shot, self.k_query
+        if n_way < 2 or k_shot < 1 or k_query < 1:
             raise ValueError(
-                f"n_way={self.n_way} needs {self.n_way} characters, the split has {n_characters}; "
-                "lower n_way or give more characters"
+                f"k_shot={k_shot}, k_query={k_query} must be at least 1, n_way={n_way} at least 2"
             )
-        if self.k_shot < 1 or self.k_query < 1:
+        if n_way > n:
+            raise ValueError(f"n_way={n_way} needs {n_way} characters, the split has {n}")
+        if k_shot + k_query > n_drawings:
             raise ValueError(
-                f"k_shot={self.k_shot}, k_query={self.k_query}: both must be at least 1"
-            )
-        if self.k_shot + self.k_query > n_drawings:
-            raise ValueError(
-                f"k_shot={self.k_shot} and k_query={self.k_query} need "
-                f"{self.k_shot + self.k_query} drawings of a character, there are {n_drawings}; "
-                "lower one of the two"
+                f"k_shot={k_shot} and k_query={k_query} need {k_shot + k_query} drawings of a "
+                f"character, there are {n_drawings}; lower one of the two"
             )
 
     def sample(self, meta_batch_size: int, generator: torch.Generator) -> Tasks:
-        """A meta-batch of `meta_batch_size` tasks (see `Tasks` for the shapes), float32.
+        """A meta-batch of `meta_batch_size` tasks, float32, drawn without a loop over the tasks.
 
-        The generator must be on the device that the characters are on; the same state of the
-        generator gives the same tasks. No loop runs over the tasks.
+        Args:
+            meta_batch_size: At least 1.
+            generator: On the characters' device; its state alone decides which tasks are drawn.
         """
-        meta_batch_size = whole("meta_batch_size", meta_batch_size)
-        if meta_batch_size < 1:
-            raise ValueError(f"meta_batch_size={meta_batch_size}: at least 1 task is needed")
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator, not {type(generator).__name__}: every "
-                "random draw has to come from a generator with a known seed"
-            )
+        if not isinstance(generator, torch.Generator):  # for None torch would take its global one
+            raise TypeError(f"generator must be a seeded torch.Generator, not {generator!r}")
         images = self.characters.images
         n_characters, n_drawings, height, width = images.shape
-        batch, n_way, k = meta_batch_size, self.n_way, self.k_shot + self.k_query
-        terabytes = 4 * batch * max(n_characters, n_way * k * height * width) / 1e12
-        if terabytes > 1:
-            raise ValueError(
-                f"meta_batch_size={batch} needs {terabytes:.3g} terabytes of memory; give fewer "
-                "tasks at a time"
-            )
-        if generator.device.type != images.device.type:
-            raise ValueError(
-                f"the generator is on {generator.device}, the characters are on {images.device}; "
-                f"make it with torch.Generator({str(images.device)!r})"
-            )
+        batch, n_way, k = whole(meta_batch_size), self.n_way, self.k_shot + self.k_query
 
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=images.device)
@@ -199,19 +154,11 @@ class TaskSampler:
         )
 
 
-def whole(name: str, value: int) -> int:
-    """A whole number, of numpy's as well, as an int; TypeError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    return int(value)
+def quarter_turns(height: int, width: int, device=None) -> Int[Tensor, "4 pixels"]:
+    """Where each pixel comes from in a square image turned by 0, 90, 180 or 270 degrees.
 
-
-def quarter_turns(height: int, width: int, device=None) -> Tensor:
-    """Where each pixel comes from in an image turned by 0, 90, 180 or 270 degrees.
-
-    Returns (4, height*width): row q lists, for the image turned counter-clockwise by q*90 degrees
-    and read row by row, the flat index of its pixels in the upright image. `height` must equal
-    `width`.
+    Row q lists, for the image turned counter-clockwise by q*90 degrees and read row by row, the
+    flat index of its pixels in the upright image.
     """
     upright = torch.arange(height * width, device=device).view(height, width)
     return torch.stack([torch.rot90(upright, q).flatten() for q in range(4)])

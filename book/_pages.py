@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from dataclasses import is_dataclass
 
 from docutils import nodes
 from sphinx.domains.math import MathDomain
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.inspect import stringify_signature
 
 JUPYTERLAB = "http://localhost:8877/lab/tree"  # where `make lab` serves the folder book/
 
@@ -95,41 +92,9 @@ def jupyterlab_button(app, pagename, templatename, context, doctree) -> None:
     context["header_buttons"].insert(0, button)
 
 
-def docstring(app, what, name, obj, options, lines: list[str]) -> None:
-    """The docstrings' few conventions in terms of reStructuredText.
-
-    What stands in backticks is a name, which becomes a link where it can, or else code. Lists in
-    two columns (names, two spaces or more, a text) become definitions.
-    """
-
-    def quoted(match: re.Match) -> str:
-        return match[0] if re.fullmatch(r"\w[\w.]*", match[1]) else f"``{match[1]}``"
-
-    lines[:] = re.sub(r"`+([^`]+)`+", quoted, "\n".join(lines)).split("\n")
-    result, column = [], None
-    for line in lines:
-        start = re.match(r" *\S+(?: \S+)*?  +(?=\S)", line)
-        if column is None and start:
-            column = start.end()
-        if column is not None and line[:column].strip() and line[column - 1] == " ":
-            names = re.sub(r"\w+", r"``\g<0>``", line[:column].strip())
-            text = re.sub(r"  +", ", ", line[column:])
-            result += ["", names, f"    {text}"]
-        elif column is not None and line.startswith(" " * column):
-            result.append(f"    {line.strip()}")
-        else:
-            column = None
-            result.append(line)
-    lines[:] = result
-
-
-def fields(app, what, name, obj, options, signature, annotation):
-    """A data class's signature is that of its fields, with their defaults."""
-    if what == "class" and is_dataclass(obj):
-        parameters = inspect.signature(obj.__init__)
-        without_self = list(parameters.parameters.values())[1:]
-        parameters = parameters.replace(parameters=without_self)
-        return stringify_signature(parameters, show_return_annotation=False), annotation
+def returns(app, what, name, obj, options, lines: list[str]) -> None:
+    """Napoleon would take what a text under "Returns:" says before a colon for a type."""
+    lines[:] = [":Returns:" if line == "Returns:" else line for line in lines]
 
 
 def setup(app) -> dict:
@@ -139,6 +104,5 @@ def setup(app) -> dict:
     app.connect("doctree-resolved", list_figures)
     app.connect("config-inited", address)
     app.connect("html-page-context", jupyterlab_button, priority=900)
-    app.connect("autodoc-process-docstring", docstring)
-    app.connect("autodoc-process-signature", fields)
+    app.connect("autodoc-process-docstring", returns, priority=400)  # before napoleon
     return {"parallel_read_safe": True}

@@ -1,22 +1,21 @@
-"""What several tests share: small tasks, and an independent computation of everything by hand."""
+"""Fixtures that several tests ask for."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
 import sys
 import types
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import amaml
-
-OMNIGLOT = os.environ.get("AMAML_DATA") and Path(os.environ["AMAML_DATA"])
-needs_omniglot = pytest.mark.skipif(
-    not OMNIGLOT,
-    reason="AMAML_DATA is not set: give the folder that holds Omniglot's two zips to run this test",
-)
+from amaml.datasets import omniglot
 
 
 @pytest.fixture(scope="session")
@@ -50,51 +49,31 @@ def torchvision_datasets(monkeypatch):
     return torchvision.datasets
 
 
-def random_tasks(
-    shape: tuple[int, ...], n_way: int = 3, k: int = 2, batch: int = 2, seed: int = 0
-) -> amaml.Tasks:
-    """Float64 tasks of noise, `shape` for one example: enough to test derivatives on."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise() -> torch.Tensor:
-        return torch.randn(batch, n_way * k, *shape, dtype=torch.float64, generator=generator)
-
-    labels = torch.arange(n_way).repeat_interleave(k).repeat(batch, 1)
-    return amaml.Tasks(support_x=noise(), support_y=labels, query_x=noise(), query_y=labels)
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("AMAML_DATA", raising=False)
+    return tmp_path / "cache" / "amaml"
 
 
-def loop_losses(
-    forward, theta, alpha, tasks, inner_steps=1, first_order=False, fixed=(), loss=None
-):
-    """Query losses of the tasks one by one, by torch.autograd and without torch.func.
-
-    `forward(theta, x)` gives the predictions. Returns the list of query losses, differentiable in
-    theta and alpha (whose tensors must require gradients for the inner loop to work).
-    """
-    loss = loss or torch.nn.functional.cross_entropy
-    losses = []
-    for i in range(len(tasks)):
-        adapted = dict(theta)
-        moving = [name for name in theta if name not in fixed]
-        for _ in range(inner_steps):
-            value = loss(forward(adapted, tasks.support_x[i]), tasks.support_y[i])
-            gradients = torch.autograd.grad(
-                value, [adapted[name] for name in moving], create_graph=not first_order
-            )
-            for name, gradient in zip(moving, gradients, strict=True):
-                adapted[name] = adapted[name] - alpha * gradient
-        losses.append(loss(forward(adapted, tasks.query_x[i]), tasks.query_y[i]))
-    return losses
-
-
-def leaves(theta) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
-
-
-def relative_error(a, b) -> float:
-    """|a - b| / |b| over dicts of tensors or single tensors."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = (torch.cat([d[name].reshape(-1) for name in sorted(d)]) for d in (a, b))
-    a, b = a.detach(), b.detach()
-    return float((a - b).norm() / b.norm())
+@pytest.fixture
+def small_omniglot(tmp_path, monkeypatch) -> Path:
+    """A folder with two zips of Omniglot's layout, small, that pass for the real ones."""
+    rng = np.random.default_rng(0)
+    digest = hashlib.sha256()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part, alphabet in (("images_background", "Latin"), ("images_evaluation", "Tengwar")):
+        with zipfile.ZipFile(folder / f"{part}.zip", "w") as archive:
+            for character in (1, 2):
+                for drawing in range(1, 21):
+                    ink = rng.random((105, 105)) < 0.2
+                    digest.update(np.packbits(ink).tobytes())
+                    file = io.BytesIO()
+                    Image.fromarray(~ink).convert("1").save(file, "PNG")
+                    name = f"character{character:02d}/{character:04d}_{drawing:02d}.png"
+                    archive.writestr(f"{part}/{alphabet}/{name}", file.getvalue())
+    monkeypatch.setattr(omniglot, "OMNIGLOT_PARTS", {"images_background": 2, "images_evaluation": 2})
+    monkeypatch.setattr(omniglot, "OMNIGLOT_FINGERPRINT", digest.hexdigest())
+    return folder

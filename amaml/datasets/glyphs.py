@@ -1,40 +1,34 @@
 """An Omniglot-like set of handwriting, drawn from the fonts that matplotlib ships.
 
-For readers without the Omniglot data: 602 characters of 15 scripts, each drawn once by the same
-20 writers. A writer is a font style, a pen width, a size, a slant and a smooth distortion, to
-which comes a further distortion drawn afresh each time, as a hand varies. Of letters that look
-alike (o and O, or A in Latin, Greek and Cyrillic) one is kept, and of a large script at most 90.
-
-All chance comes from uniform draws of one generator in a fixed order, and outlines are rounded to
-1/64 pixel before they are rendered: with one version of matplotlib, and so of its fonts, a seed
-gives the same pixels on every machine.
+A writer is a font style, a pen width, a size, a slant and a smooth distortion; a further distortion
+is drawn afresh each time. All chance comes from uniform draws of one generator in a fixed order,
+and outlines are rounded to 1/64 pixel before they are rendered: with one version of matplotlib, and
+so of its fonts, a seed gives the same pixels on every machine.
 """
+
+from __future__ import annotations
 
 import unicodedata
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-SIDE = 28  # pixels of a drawing, each way
-CAP = 90  # characters of one script at most
+SIDE, CAP = 28, 90  # pixels of a drawing each way; characters of one script at most
 ALIKE = 0.085  # letters closer than this count as the same; set by looking at the pairs around it
-# Of letters that look alike the one in the earlier script stays. The names are spelt as Omniglot
-# would spell them; in capitals they begin the Unicode names of the script's letters.
-ALPHABETS = """Latin Greek Coptic Cyrillic Armenian Georgian Hebrew Arabic NKo Lao Tifinagh Ogham
-    Old_Italic Lisu Canadian_Syllabics"""
-SCRIPTS = ALPHABETS.split()
+# Spelt as in Omniglot; in capitals they begin Unicode names. Of letters alike the first one stays.
+SCRIPTS = """Latin Greek Coptic Cyrillic Armenian Georgian Hebrew Arabic NKo Lao Tifinagh Ogham
+    Old_Italic Lisu Canadian_Syllabics""".split()
 UNFIT = "\ua66e\ufe73\u04cb\u04f6"  # two that become blobs, two that one font interchanges
-# What each writer's letters are made of: the first of these fonts that has the letter, or else
+# A writer's letters come from the first of these fonts that has the letter, or else from
 # REFERENCE, which has them all. Ten styles, two writers each.
 REFERENCE = "DejaVuSans"
 STYLES = """DejaVuSans, DejaVuSerif DejaVuSans-Oblique, DejaVuSansMono DejaVuSans-Bold,
     STIXGeneral DejaVuSerif, STIXGeneralItalic DejaVuSerif-Italic DejaVuSans-Oblique,
     DejaVuSans-Oblique, DejaVuSans-Bold, DejaVuSerif-Italic DejaVuSans-BoldOblique DejaVuSans-Bold,
     DejaVuSansMono-Oblique DejaVuSans-Oblique, DejaVuSerif-Bold DejaVuSans-Bold"""
-WRITERS = 2 * [style.split() for style in STYLES.split(",")]
-# How far writers differ in pen width, slant, turn, width, size and place (across, up), in pixels
-# or as shares of the letter, and how far the drawings of one writer do.
+WRITERS = 2 * [tuple(style.split()) for style in STYLES.split(",")]
+# How far writers differ, and the drawings of one writer, in pen width, slant, turn, width, size
+# and place (across, up), in pixels or as shares of the letter.
 HABITS = np.array([0.45, 0.15, 0.04, 0.12, 1.2, 0.0, 0.0])
 MOODS = np.array([0.15, 0.12, 0.12, 0.12, 1.0, 1.9, 1.9])
 TRAITS, WAVES = len(HABITS), 3  # WAVES of five numbers each make one distortion
@@ -43,22 +37,17 @@ MOVE, LINE, CURVE, CLOSE = 1, 2, 3, 79  # matplotlib's path codes
 
 def letters(font):
     """(script, letter) of all letters of a font, in the order of SCRIPTS, then of Unicode."""
-    whole = [
-        c
-        for c in map(chr, sorted(font.get_charmap()))
-        if unicodedata.category(c) in ("Lu", "Ll", "Lo") and unicodedata.normalize("NFKD", c) == c
-    ]
-    names = {c: unicodedata.name(c) for c in whole if c not in UNFIT}
+    names = {}
+    for letter in map(chr, sorted(font.get_charmap())):
+        fit = unicodedata.is_normalized("NFKD", letter) and letter not in UNFIT
+        if fit and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
+            names[letter] = unicodedata.name(letter)
     starts = {script: script.upper().replace("_", " ") + " " for script in SCRIPTS}
     return [(script, c) for script in SCRIPTS for c in names if names[c].startswith(starts[script])]
 
 
-def outline(font, letter):
-    """The contours of a letter in font units: polygons of so many points that they bend well."""
-    from matplotlib.ft2font import LoadFlags
-
-    font.load_char(ord(letter), flags=LoadFlags.NO_SCALE)
-    vertices, codes = font.get_path()
+def outline(vertices, codes):
+    """The contours of a font's path: polygons with enough points to bend well."""
     t = np.arange(8) / 8
     bezier = np.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2], 1)
     contours = []
@@ -81,14 +70,10 @@ def fitted(points, size=1.0):
 
 
 def thinned(contours, share=0.75):
-    """Nearly the skeleton of a letter, for a pen of any width: points of size 1, path codes.
-
-    The contours are moved inwards until `share` of the width of the strokes is gone.
-    """
-    edges = [np.roll(contour, -1, 0) - contour for contour in contours]
-    pairs = list(zip(contours, edges, strict=True))
+    """Contours moved inwards by `share` of their strokes' width: points of size 1, path codes."""
+    pairs = [(contour, np.roll(contour, -1, 0) - contour) for contour in contours]
     twice_area = sum((c[:, 0] * e[:, 1] - c[:, 1] * e[:, 0]).sum() for c, e in pairs)
-    length = sum(np.hypot(*edge.T).sum() for edge in edges)
+    length = sum(np.hypot(*edge.T).sum() for _, edge in pairs)
     depth = share * twice_area / length / 2  # a stroke is about twice_area / length wide
     points, codes = [], []
     for contour, edge in pairs:
@@ -101,16 +86,12 @@ def thinned(contours, share=0.75):
     return fitted(np.concatenate(points)), np.array(codes, np.uint8)
 
 
-def bent(points, numbers, reach):
-    """The points of a unit box pushed along smooth waves, which are made of numbers in [0, 1)."""
-    waves = numbers.reshape(WAVES, 5)
-    cycles, phase, push = 2 * waves[:, :2] - 1, waves[:, 2], 2 * waves[:, 3:] - 1
-    return points + reach * np.sin(2 * np.pi * (points @ cycles.T + phase)) @ push
-
-
-def written(points, codes, habit, mood):
-    """What the hand of this habit writes in this mood: points in pixels, path codes, pen width."""
-    points = bent(bent(points, habit[TRAITS:], 0.06), mood[TRAITS:], 0.055)
+def written(habit, mood, points, codes):
+    """What a hand of this habit writes in this mood: points in pixels, path codes, pen width."""
+    for numbers, reach in ((habit, 0.06), (mood, 0.055)):  # points are pushed along smooth waves
+        waves = numbers[TRAITS:].reshape(WAVES, 5)
+        cycles, phase, push = 2 * waves[:, :2] - 1, waves[:, 2], 2 * waves[:, 3:] - 1
+        points = points + reach * np.sin(2 * np.pi * (points @ cycles.T + phase)) @ push
     traits = (2 * habit[:TRAITS] - 1) * HABITS + (2 * mood[:TRAITS] - 1) * MOODS
     pen, slant, turn, width, size = traits[:5]
     points = points @ [[1 + width, turn], [slant - turn, 1.0]]
@@ -120,7 +101,7 @@ def written(points, codes, habit, mood):
 def rendered(drawings):
     """Render (points, path codes, pen width), each about its centre: uint8 (n, SIDE, SIDE)."""
     from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.path import Path as Outline
+    from matplotlib.path import Path
     from matplotlib.transforms import IdentityTransform
 
     renderer = RendererAgg(SIDE * len(drawings), SIDE, 72)  # at 72 dpi a point is a pixel
@@ -131,7 +112,7 @@ def rendered(drawings):
     for i, (points, codes, width) in enumerate(drawings):
         pen.set_linewidth(width)
         points = np.round((points + np.array([SIDE * (i + 0.5), SIDE / 2])) * 64) / 64
-        renderer.draw_path(pen, Outline(points, codes), IdentityTransform(), (0.0, 0.0, 0.0))
+        renderer.draw_path(pen, Path(points, codes), IdentityTransform(), (0.0, 0.0, 0.0))
     return 255 - pixels[:, :, 0].reshape(SIDE, -1, SIDE).swapaxes(0, 1)
 
 
@@ -149,24 +130,21 @@ def newness(images):
     return nearest
 
 
-def draw_glyphs(seed=0):
-    """Draw the set: images (characters, 20, 28, 28) in uint8, ink 255 on 0, and their names.
+def draw_glyphs(seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Draw uint8 images (602, 20, 28, 28), ink 255 on 0, and give names "Script/characterNN"."""
+    from matplotlib import ft2font, get_data_path
 
-    A name is "Script/characterNN". The characters are the same for all seeds; the writers' hands
-    and their drawings are not.
-    """
-    from matplotlib import get_data_path
-    from matplotlib.ft2font import FT2Font
-
-    folder = Path(get_data_path(), "fonts", "ttf")
-    fonts = {name: FT2Font(str(folder / f"{name}.ttf")) for name in {REFERENCE}.union(*WRITERS)}
+    folder, names = f"{get_data_path()}/fonts/ttf", {REFERENCE}.union(*WRITERS)
+    fonts = {name: ft2font.FT2Font(f"{folder}/{name}.ttf") for name in names}
 
     @cache
-    def shape(name, letter):
-        return thinned(outline(fonts[name], letter))
+    def shape(style, letter):
+        font = fonts[next((n for n in style if fonts[n].get_char_index(ord(letter))), REFERENCE)]
+        font.load_char(ord(letter), flags=ft2font.LoadFlags.NO_SCALE)
+        return thinned(outline(*font.get_path()))
 
     found = letters(fonts[REFERENCE])
-    plain = [shape(REFERENCE, letter) for _, letter in found]
+    plain = [shape((), letter) for _, letter in found]
     new = newness(rendered([(20 * points, codes, 2.0) for points, codes in plain]))
     characters = []
     for script in SCRIPTS:  # of a large script, those that differ most from the ones before them
@@ -174,13 +152,11 @@ def draw_glyphs(seed=0):
         own = sorted(sorted(own, key=lambda i: -new[i])[:CAP])
         characters += [(f"{script}/character{n:02d}", found[i][1]) for n, i in enumerate(own, 1)]
 
-    uniform = np.random.Generator(np.random.PCG64(seed)).random
+    uniform = np.random.Generator(np.random.PCG64(seed)).random  # the characters are fixed
     habits = uniform((len(WRITERS), TRAITS + 5 * WAVES))
     moods = uniform((len(characters), len(WRITERS), TRAITS + 5 * WAVES))
-    images = np.empty((len(characters), len(WRITERS), SIDE, SIDE), np.uint8)
-    for image, (_, letter), own_moods in zip(images, characters, moods, strict=True):
-        has = {name: font.get_char_index(ord(letter)) > 0 for name, font in fonts.items()}
-        own = [next((name for name in style if has[name]), REFERENCE) for style in WRITERS]
-        hands = zip(own, habits, own_moods, strict=True)
-        image[:] = rendered([written(*shape(n, letter), habit, mood) for n, habit, mood in hands])
-    return images, [name for name, _ in characters]
+    images = []
+    for (_, letter), own_moods in zip(characters, moods, strict=True):
+        hands = zip(WRITERS, habits, own_moods, strict=True)
+        images.append(rendered([written(habit, m, *shape(w, letter)) for w, habit, m in hands]))
+    return np.stack(images), [name for name, _ in characters]

@@ -40,7 +40,7 @@ def cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) 
 CAPTURES = {"cuda": cuda_graph}  # by the type of device
 
 
-def serve(device: torch.device) -> bool:
+def available(device: torch.device) -> bool:
     """Whether steps are replayed there; the environment variable AMAML_CUDA_GRAPHS=0 says no."""
     return device.type in CAPTURES and os.environ.get("AMAML_CUDA_GRAPHS", "1") != "0"
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from amaml.checks import Loss, Theta
 from amaml.fast.omniglot_cnn import Images, OmniglotPass, prepare
-from amaml.inner_loop import accuracy, measure, measures, through_steps
+from amaml.inner_loop import metric_names, task_metrics, through_steps
 
 # On a CPU what a piece works on should not outgrow the caches by far; on a GPU it has to fit.
 EXAMPLES_AT_ONCE, EXAMPLES_AT_ONCE_ON_GPU = 80, 20_000
@@ -28,7 +28,7 @@ EXAMPLES_AT_ONCE, EXAMPLES_AT_ONCE_ON_GPU = 80, 20_000
 def by_passes(model, theta, alpha, batch, inner_steps, first_order, loss, *, recompute=False):
     """`meta_gradient` of an `OmniglotCNN`; with `recompute` inner steps are computed again on the
     way back, see `through_steps`."""
-    names, measured = list(theta), ["support_loss", *measures(loss)]
+    names, measured = list(theta), ["support_loss", *metric_names(loss)]
     options = (inner_steps, first_order, loss, recompute)
 
     def work(alpha, *tensors):
@@ -55,7 +55,7 @@ def metrics_by_passes(model, theta, alpha, batch, inner_steps, loss) -> dict[str
         return tuple(torch.cat(each) for each in zip(*runs, strict=True))
 
     measured = ForEachRun.apply(work, alpha, *theta.values(), *batch)
-    return dict(zip(measures(loss), measured, strict=True))
+    return dict(zip(metric_names(loss), measured, strict=True))
 
 
 class ForEachRun(Function):
@@ -136,8 +136,8 @@ def gradients_at_once(theta, alpha, batch, options) -> tuple[list[Tensor], list[
     query = OmniglotPass(theta_prime, prepare(query_x))
     query_loss, d_logits, _ = derivatives(loss, query.logits, query_y)
     metrics = [support_losses[0], query_loss]
-    if "query_accuracy" in measures(loss):
-        metrics.append(accuracy(query.logits, query_y))
+    if "query_accuracy" in metric_names(loss):
+        metrics.append((query.logits.argmax(-1) == query_y).to(query.logits.dtype).mean(-1))
     v = query.gradient(d_logits)
     del step, query, theta_prime  # their memory is needed again
 
@@ -168,7 +168,7 @@ def metrics_at_once(theta, alpha, batch, inner_steps, loss) -> list[Tensor]:
     for _ in range(inner_steps):
         theta = descend(theta, inner_step(theta, images, support_y, loss), alpha)
     logits = OmniglotPass(theta, prepare(query_x)).logits
-    metrics = vmap(partial(measure, loss=loss))(logits, query_y)
+    metrics = vmap(partial(task_metrics, loss=loss))(logits, query_y)
     return [value.view(runs, tasks) for value in metrics.values()]
 
 

@@ -16,11 +16,13 @@ RESAMPLES = 10_000  # where all resamples of the seeds would be more
 def compare(counted: pd.DataFrame, on: list[str] = START) -> pd.DataFrame:
     """Alpha MAML's rows beside MAML's of the same start, with a column `compared`.
 
-    `counted` has a row a run (`grids.until_threshold`) or a cell (`grids.middle_seeds`); runs are
-    to be paired by their seeds, too: `on=[*START, "seed"]`. Counts of iterations are the same where
-    they differ by at most one validation or a tenth, else faster or slower; where only Alpha MAML
-    reaches the threshold it is won, where only MAML does lost. MAML's count and outcome are in
-    `reached_at_maml` and `outcome_maml`.
+    Counts are the same where they differ by at most one validation or a tenth, else faster or
+    slower; where only Alpha MAML reaches the threshold it is won, where only MAML does lost. MAML's
+    count and outcome are in `reached_at_maml` and `outcome_maml`.
+
+    Args:
+        counted: One row per run (`until_threshold`) or per cell (`middle_seeds`).
+        on: What pairs the rows; `[*START, "seed"]` for runs.
     """
     maml = counted.loc[counted["method"] == "MAML", [*on, "reached_at", "outcome"]]
     pairs = counted[counted["method"] == "Alpha MAML"].merge(
@@ -33,39 +35,40 @@ def compare(counted: pd.DataFrame, on: list[str] = START) -> pd.DataFrame:
     return pairs.assign(compared=np.select(cases, COMPARED[:-1], COMPARED[-1]))
 
 
-def interval(
+def bootstrap_interval(
     by_seed: pd.DataFrame | pd.Series, statistic: Callable = np.mean
 ) -> tuple[float, float, float]:
     """A statistic over the seeds, and its 95 % bootstrap interval: (value, low, high).
 
-    `by_seed` has a row a seed; `statistic` takes such rows and gives a number. All resamples of the
-    seeds are taken where they are few, which leaves nothing to chance. The interval of a single
-    seed, or of a statistic that some resample does not have, is not known: NaN.
+    `by_seed` has one row per seed. All resamples are taken where they are few, which leaves nothing
+    to chance. For one seed, or a statistic that some resample does not have, the interval is NaN.
     """
-    n = len(by_seed)
-    value = float(statistic(by_seed))
-    if n < 2:
-        return value, np.nan, np.nan
+    n, value = len(by_seed), float(statistic(by_seed))
     if n**n <= RESAMPLES:
-        drawn = product(range(n), repeat=n)
+        drawn = list(product(range(n), repeat=n))
     else:
-        drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+        drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n)).tolist()
     resampled = [float(statistic(by_seed.iloc[list(rows)])) for rows in drawn]
+    if n < 2 or np.isnan(resampled).any():
+        return value, np.nan, np.nan
     # An observed value each, since a loss can be infinite
     low, high = np.percentile(resampled, (2.5, 97.5), method="inverted_cdf")
-    return (
-        (value, np.nan, np.nan) if np.isnan(resampled).any() else (value, float(low), float(high))
-    )
+    return value, float(low), float(high)
 
 
-def neighbours(good: pd.Series) -> list[float]:
-    """The longest row of neighbouring rates for which `good`, booleans by rate, is true."""
-    best: list[float] = []
-    row: list[float] = []
+def format_interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
+    """A number with its interval, as it stands in a table."""
+    if np.isnan(low):
+        return form.format(value) + " (no interval)"
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+
+
+def longest_streak(good: pd.Series) -> list[float]:
+    """The longest stretch of neighbouring rates for which `good`, booleans by rate, is true."""
+    streaks: list[list[float]] = [[]]
     for rate, is_good in good.items():
-        row = [*row, rate] if is_good else []
-        best = row if len(row) > len(best) else best
-    return best
+        streaks.append([*streaks[-1], rate] if is_good else [])
+    return max(streaks, key=len)
 
 
 def powers_of_ten(rates: list[float]) -> float:
@@ -74,11 +77,10 @@ def powers_of_ten(rates: list[float]) -> float:
 
 
 def accuracies(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy (%) after a whole training: a row a setting, method, meta-optimiser and case.
+    """Test accuracy (%) after a whole training, by setting, method, meta-optimiser and case.
 
-    `accuracy` is the mean over the seeds and `ci95` the half width of its 95 % interval over all
-    their test tasks; `lowest` and `highest` are those of a seed. A run that diverged has none, and
-    makes its row's numbers empty.
+    `accuracy` is the mean over the seeds, `ci95` the half width of its 95 % interval over all their
+    test tasks, `lowest` and `highest` are those of a seed; all empty where a run diverged.
     """
     ends = table.groupby("run", sort=False).tail(1)
     ends = ends.assign(accuracy=100 * ends["test_accuracy"], ci95=100 * ends["test_accuracy_ci95"])
@@ -91,10 +93,3 @@ def accuracies(table: pd.DataFrame) -> pd.DataFrame:
         seeds=("seed", "nunique"),
         test_tasks=("test_tasks", "first"),
     )
-
-
-def shown(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
-    """A number with its interval, as it stands in a table."""
-    if np.isnan(low):
-        return form.format(value) + " (no interval)"
-    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"

@@ -1,4 +1,4 @@
-"""The one figure style of the book, the figures drawn from their records, and saving them.
+"""The book's figure style, saving, and Figure 1 with the pictures of images and tasks.
 
 MAML is orange and dashed, Alpha MAML blue and solid, everywhere: told apart by the colour-blind
 and in grey print.
@@ -14,51 +14,61 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from amaml.paper.records import PROJECT, RECORDS, read_records
+from amaml.shapes import Shaped
 from amaml.tasks import Tasks
 
 METHODS = ("MAML", "Alpha MAML")
 COLOURS = {"MAML": "#D55E00", "Alpha MAML": "#0072B2"}  # of Okabe and Ito's palette
 DASHES = {"MAML": (3, 1.5), "Alpha MAML": ""}
+MARKS: dict[str, dict] = {  # MAML's open square is seen around Alpha MAML's dot
+    "MAML": {"linestyle": "--", "marker": "s", "markersize": 6.5, "fillstyle": "none"},
+    "Alpha MAML": {"linestyle": "-", "marker": "o", "markersize": 3.5},
+}
+LOOKS = {method: MARKS[method] | {"color": COLOURS[method]} for method in METHODS}
+PICTURES = PROJECT / "figures"
 DATA_NAMES = {"omniglot": "Omniglot", "glyphs": "embedded glyphs"}
-FORMATS = ("png", "pdf")
+QUANTITIES = {  # the rows of Figure 1
+    "alpha": r"$\alpha$ (inner rate)",
+    "beta": r"$\beta$ (meta rate)",
+    "training_loss": "training loss",
+    "validation_loss": "validation loss",
+}
 
 
 def use_style() -> None:
-    """Set the book's style; called by the figures here, and by notebooks that draw their own."""
-    sns.set_theme(
-        context="paper",
-        style="ticks",
-        rc={
-            "figure.dpi": 110,
-            "savefig.dpi": 200,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 9,
-            "axes.titlesize": 9,
-            "axes.labelsize": 9,
-            "legend.fontsize": 9,
-            "legend.frameon": False,
-            "lines.linewidth": 1.4,
-            "svg.hashsalt": "amaml",
-        },
-    )
+    """Set the book's style; called by the figures here, and by chapters that draw their own."""
+    sizes = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize")
+    rc = dict.fromkeys(sizes, 9) | {
+        "figure.dpi": 110,
+        "savefig.dpi": 200,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "lines.linewidth": 1.4,
+    }
+    sns.set_theme(context="paper", style="ticks", rc=rc)
 
 
-def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> list[Path]:
-    """Write `figures/<profile>/<name>.png` and `.pdf`; the same records give the same bytes."""
-    place = (Path(folder) if folder else PROJECT / "figures") / profile
-    place.mkdir(parents=True, exist_ok=True)
-    paths = [place / f"{name}.{ending}" for ending in FORMATS]
-    for path in paths:
-        dates = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
-        figure.savefig(path, metadata=dates)
+def save(figure: Figure, name: str, profile: str, folder: str | Path = PICTURES) -> list[Path]:
+    """Write `<folder>/<profile>/<name>.png` and `.pdf`; the same records give the same bytes."""
+    paths = [Path(folder) / profile / f"{name}.{ending}" for ending in ("png", "pdf")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, changing in zip(paths, ("Software", "CreationDate"), strict=True):
+        figure.savefig(path, metadata={changing: None})
     return paths
+
+
+def legend_key(method: str, **changes) -> plt.Line2D:
+    """A method's line and marker, as they stand in a legend."""
+    return plt.Line2D([], [], label=method, **LOOKS[method] | changes)
 
 
 def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = RECORDS) -> str:
@@ -66,9 +76,8 @@ def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = 
     data = " and ".join(DATA_NAMES[name] for name in table["data"].unique())
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     lines = [f"{data}, profile {profile}, seeds {seeds}"]
-    shown = set(table["run"])
     for batch in read_records(figure, profile, folder)[1]:
-        seconds = [took for run, took in batch["runs"].items() if run in shown]
+        seconds = [batch["runs"][run] for run in table["run"].unique() if run in batch["runs"]]
         commit = str(batch["commit"])[:10] + ("" if batch["clean"] else " and changes")
         lines.append(
             f"{len(seconds)} runs at commit {commit}: torch {batch['versions']['torch']}, "
@@ -77,101 +86,91 @@ def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = 
     return "\n".join(lines)
 
 
-def image_grid(images: Tensor, labels: list[str] | None = None, inch: float = 0.42) -> Figure:
-    """Images (rows, columns, height, width) side by side, dark ink on white; labels at the rows."""
+def image_grid(
+    images: Shaped[Tensor, "rows columns height width"], labels: list[str], inch: float = 0.42
+) -> Figure:
+    """Images side by side, each `inch` wide, dark ink on white; labels at the rows."""
     use_style()
-    rows, columns = images.shape[:2]
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * inch + (1.6 if labels else 0), rows * inch), squeeze=False
-    )
-    for row, line in enumerate(axes):
-        for axis, image in zip(line, images[row], strict=True):
-            axis.imshow(image.cpu(), cmap="gray_r", vmin=0, vmax=images.max().item())
-            axis.set(xticks=[], yticks=[])
-            sns.despine(ax=axis, left=True, bottom=True)
-        if labels:
-            line[0].set_ylabel(labels[row], rotation=0, ha="right", va="center")
+    size = (images.shape[1] * inch + 1.6, len(images) * inch)
+    figure, axes = plt.subplots(*images.shape[:2], figsize=size, squeeze=False)
+    for axis, image in zip(axes.flat, images.flatten(0, 1), strict=True):
+        axis.imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=images.max().item())
+        axis.set(xticks=[], yticks=[])
+        sns.despine(ax=axis, left=True, bottom=True)
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
     return figure
 
 
 def task_grid(tasks: Tasks) -> Figure:
-    """Support and query sets of some tasks, a row a task and a column an image.
-
-    The support set stands left, the query set right, each in the order of its labels.
-    """
+    """Tasks below each other: the support set left, the query set right, in the order of labels."""
     use_style()
-    sets = {"support set": tasks.support_x, "query set": tasks.query_x}
-    labels = {"support set": tasks.support_y, "query set": tasks.query_y}
-    widths = [x.shape[1] for x in sets.values()]
-    figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(0.52 * sum(widths), 0.58 * len(tasks) + 0.3), squeeze=False,
-        width_ratios=widths,
-    )  # fmt: skip
-    for column, (name, x) in enumerate(sets.items()):
-        for row in range(len(tasks)):
-            strip = torch.cat([torch.nn.functional.pad(i, (1, 1)) for i in x[row, :, 0]], dim=1)
-            axis, side = axes[row, column], x.shape[-1] + 2
-            axis.imshow(strip.cpu(), cmap="gray_r", vmin=0, vmax=1)
-            axis.set(yticks=[], xticks=[side * (i + 0.5) for i in range(x.shape[1])])
-            axis.set_xticklabels(labels[name][row].tolist() if row == len(tasks) - 1 else [])
+    sets = [(tasks.support_x, tasks.support_y), (tasks.query_x, tasks.query_y)]
+    widths = [x.shape[1] for x, _ in sets]
+    size = (0.52 * sum(widths), 0.58 * len(tasks) + 0.3)
+    figure, axes = plt.subplots(len(tasks), 2, figsize=size, squeeze=False, width_ratios=widths)
+    for column, (x, y), name in zip(axes.T, sets, ("support set", "query set"), strict=True):
+        side = x.shape[-1] + 2
+        for axis, images in zip(column, x[:, :, 0], strict=True):
+            strip = torch.cat([torch.nn.functional.pad(image, (1, 1)) for image in images], dim=1)
+            axis.imshow(strip.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+            axis.set(yticks=[], xticks=[side * (i + 0.5) for i in range(len(images))])
+            axis.set_xticklabels([])
             axis.tick_params(length=0)
-            for i in range(1, x.shape[1]):
+            for i in range(1, len(images)):
                 axis.axvline(side * i - 0.5, color="0.85", linewidth=0.6)
             sns.despine(ax=axis, left=True, bottom=True)
-            if column == 0:
-                axis.set_ylabel(f"task {row}", rotation=0, ha="right", va="center")
-        axes[0, column].set_title(name)
-        axes[-1, column].set_xlabel("label")
+        column[0].set_title(name)
+        column[-1].set_xticklabels(y[-1].tolist())
+        column[-1].set_xlabel("label")
+    for row, axis in enumerate(axes[:, 0]):
+        axis.set_ylabel(f"task {row}", rotation=0, ha="right", va="center")
     return figure
 
 
 def figure_1(table: pd.DataFrame) -> Figure:
     """Figure 1: alpha, beta, training and validation loss against the iteration.
 
-    `table` is that of `sweep.figure_records("figure_1", profile)`: a column of panels a case, a
-    line a method (the mean over the seeds), a band from the lowest to the highest seed. Training
-    losses of single meta-batches are averaged over 20 iterations. The dotted line is the loss of
-    guessing. Runs that diverged are no part of the means: they are thin lines up to a cross.
+    `table` has the records of Figure 1 or of one like it. A column of panels per case, a line per
+    method (the mean over the seeds), a band from the lowest to the highest seed. Runs that diverged
+    are no part of the means: they are thin lines up to a cross.
     """
     use_style()
-    cases = list(dict.fromkeys(table["case"]))
+    cases = table["case"].unique()
     table = table.assign(training_loss=training_loss(table))
-    rows = {
-        "alpha": r"$\alpha$ (inner rate)",
-        "beta": r"$\beta$ (meta rate)",
-        "training_loss": "training loss",
-        "validation_loss": "validation loss",
-    }
-    figure, axes = plt.subplots(
-        len(rows), len(cases), figsize=(2.3 * len(cases) + 0.5, 6.6), sharex=True, squeeze=False
-    )
-    diverged = table["status"] == "diverged"
-    for column, case in enumerate(cases):
-        shown, lost = (table[(table["case"] == case) & which] for which in (~diverged, diverged))
-        for axis, quantity in zip(axes[:, column], rows, strict=True):
-            values = shown[np.isfinite(shown[quantity])]
-            if len(values):
-                sns.lineplot(
-                    values, x="iteration", y=quantity, hue="method", style="method",
-                    hue_order=METHODS, style_order=METHODS, palette=COLOURS, dashes=DASHES,
-                    errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2},
-                    ax=axis, legend=False,
-                )  # fmt: skip
-            axis.set(xlabel="iteration t", ylabel=rows[quantity] if column == 0 else "")
-            if quantity in ("training_loss", "validation_loss"):
-                losses = table[quantity] if diverged.all() else table[quantity][~diverged]
-                loss_axis(axis, losses, table["n_way"].max())
-            elif len(values):
-                low, high = 1.1 * values[quantity].min(), 1.1 * values[quantity].max()
-                axis.set_ylim(min(0, low), max(0, high))
-            mark_divergence(axis, lost, quantity)
-        axes[0, column].set_title(title(case, table[table["case"] == case]))
-    handles = [
-        plt.Line2D([], [], color=COLOURS[m], linestyle="--" if DASHES[m] else "-", label=m)
-        for m in METHODS
-    ]
+    size, shape = (2.3 * len(cases) + 0.5, 6.6), (len(QUANTITIES), len(cases))
+    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, squeeze=False)
+    for column, case in zip(axes.T, cases, strict=True):
+        for axis, quantity in zip(column, QUANTITIES, strict=True):
+            behaviour_panel(axis, table, case, quantity)
+        alpha, beta = table.loc[table["case"] == case, ["alpha_0", "beta_0"]].iloc[0]
+        column[0].set_title(f"{case}\n" + rf"$\alpha_0$ = {alpha:g}, $\beta_0$ = {beta:g}")
+    for axis, label in zip(axes[:, 0], QUANTITIES.values(), strict=True):
+        axis.set_ylabel(label)
+    handles = [legend_key(method, marker="") for method in METHODS]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(METHODS))
     return figure
+
+
+def behaviour_panel(axis: Axes, table: pd.DataFrame, case: str, quantity: str) -> None:
+    """One panel of Figure 1; its axis of losses is that of all cases."""
+    diverged = table["status"] == "diverged"
+    shown, lost = (table[(table["case"] == case) & which] for which in (~diverged, diverged))
+    values = shown[np.isfinite(shown[quantity])]
+    if len(values):
+        sns.lineplot(
+            values, x="iteration", y=quantity, hue="method", style="method",
+            hue_order=METHODS, style_order=METHODS, palette=COLOURS, dashes=DASHES,
+            errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2}, ax=axis, legend=False,
+        )  # fmt: skip
+    axis.set(xlabel="iteration t", ylabel="")
+    if quantity in ("training_loss", "validation_loss"):
+        losses = table[quantity] if diverged.all() else table[quantity][~diverged]
+        loss_axis(axis, losses, math.log(table["n_way"].max()))
+    elif len(values):
+        low, high = 1.1 * values[quantity].min(), 1.1 * values[quantity].max()
+        axis.set_ylim(min(0, low), max(0, high))
+    mark_divergence(axis, lost, quantity)
 
 
 def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
@@ -184,37 +183,30 @@ def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
     return pd.concat(smooth).reindex(table.index)
 
 
-def loss_axis(axis, losses: pd.Series, n_way: int) -> None:
+def loss_axis(axis: Axes, losses: pd.Series, guessing: float) -> None:
     """A logarithmic axis that holds all losses up to 20 times guessing, which is a dotted line."""
-    guessing = math.log(n_way)
     losses = losses[np.isfinite(losses)].clip(upper=20 * guessing)
     low, high = (losses.min(), losses.max()) if len(losses) else (guessing, guessing)
     axis.set(yscale="log", ylim=(0.9 * low, 1.1 * high))
     axis.axhline(guessing, color="0.6", linestyle=":", linewidth=0.8)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+    plain_log_ticks(axis.yaxis)
 
 
-def title(case: str, shown: pd.DataFrame) -> str:
-    """A case with its starting rates."""
-    first = shown.iloc[0]
-    rates = rf"$\alpha_0$ = {first['alpha_0']:g}, $\beta_0$ = {first['beta_0']:g}"
-    return f"{case}\n{rates}"
+def plain_log_ticks(axis: Axis) -> None:
+    """Ticks at 1, 2, 5, 10, ..., written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
-def mark_divergence(axis, lost: pd.DataFrame, quantity: str) -> None:
+def mark_divergence(axis: Axes, lost: pd.DataFrame, quantity: str) -> None:
     """Each run that diverged as a thin line, and a cross where it ended or left the axis."""
     low, high = axis.get_ylim()
-    for _, run in lost.groupby("run"):
-        finite = run[np.isfinite(run[quantity])]
-        if finite.empty:
-            continue
-        inside = finite[quantity].between(low, high)
-        iteration, value = finite["iteration"], finite[quantity].clip(low, high)
-        until = len(finite) if inside.all() else int((~inside).to_numpy().argmax()) + 1
+    for _, run in lost[np.isfinite(lost[quantity])].groupby("run"):
+        inside = run[quantity].between(low, high)
+        iteration, value = run["iteration"], run[quantity].clip(low, high)
+        end = len(run) - 1 if inside.all() else int((~inside).to_numpy().argmax())
         colour = COLOURS[run["method"].iloc[0]]
-        axis.plot(iteration[:until], value[:until], color=colour, linewidth=0.8)
-        end = slice(until - 1, until)
-        axis.plot(iteration[end], value[end], "x", color=colour, clip_on=False)
+        axis.plot(iteration[: end + 1], value[: end + 1], color=colour, linewidth=0.8)
+        axis.plot(iteration.iloc[end], value.iloc[end], "x", color=colour, clip_on=False)
     axis.set_ylim(low, high)

@@ -1,49 +1,135 @@
 """The published tables that the figures are drawn from.
 
-What a figure needs is published to `figures/records/<figure>-<profile>.csv.gz`, with a header
-`<figure>-<profile>.json` that says which commit, libraries and machine made which runs.
+What a figure needs stands in `figures/records/<figure>-<profile>.csv.gz`, which anyone reads with
+`pandas.read_csv(path, comment="#")`. Its first line is a comment with a header as JSON: figure,
+profile, a SHA-256 of the rows, and which commit, libraries and machine made which runs.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
+import io
+import json
 import math
+import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from amaml.runs.files import (
-    TRAIN_AGAIN,
-    checksum,
-    damaged,
-    lock,
-    read_json,
-    read_table,
-    write_atomically,
-    write_json,
-    writing,
-)
+from amaml.paper import experiments, settings
+from amaml.runs.parts import run_id
+from amaml.runs.store import lock, write_atomically
+from amaml.sweep import run_all, tabulate
+from amaml.training import Run
 
-PROJECT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[2]
+PROJECT = CHECKOUT if (CHECKOUT / "figures").is_dir() else Path.cwd()  # installed: what is at hand
 RECORDS = PROJECT / "figures" / "records"
+PUBLISH_EVERY = 60  # seconds between two publications: each writes the whole table
+TOLD = ("commit", "clean", "numerics", "versions", "machine", "threads", "float32_products")
+REMEDY = "restore it from a copy, or remove it and train again"
 
 
-def thin(metrics: pd.DataFrame, points: int) -> pd.DataFrame:
-    """At most about `points` rows of a run: evenly spaced ones, the first, the last, and all that
+def figure_records(
+    figure: str,
+    profile: str,
+    *,
+    retrain: bool = False,
+    out: str | Path = PROJECT / "runs",
+    folder: str | Path = RECORDS,
+    client=None,
+    root: str | Path | None = None,
+    device: str = "cpu",
+    minutes: float | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The table that a figure is drawn from: its published records, after training what is missing.
+
+    Runs are published as they finish, in the place of older records of the same runs.
+
+    Args:
+        figure: a name in `experiments.FIGURES`.
+        profile: "quick", "medium" or "paper".
+        retrain: do not take the published records for granted; runs that are finished or under way
+            in `out` still are (remove their folders to make them from nothing).
+        out: folder of the runs.
+        folder: where the records are.
+        client, root, device, minutes, progress: see `run_all`.
+
+    Raises:
+        RuntimeError: where a profile for a GPU would be trained on a CPU without `minutes`.
+    """
+    if not isinstance(retrain, bool):
+        raise TypeError(f"retrain={retrain!r}: must be True or False")
+    planned = experiments.runs_of(figure, profile)
+    labels = {run_id(plan.config, plan.parts): plan.labels for plan in planned}
+    table, _ = read_records(figure, profile, folder)
+    table = table[table["run"].isin(labels)]
+    finished = set() if retrain else set(table["run"])
+    missing = [plan for plan in planned if run_id(plan.config, plan.parts) not in finished]
+    if missing and profile in settings.MADE_ON_GPU and device == "cpu" and minutes is None:
+        raise RuntimeError(
+            f"{len(missing)} of the {len(planned)} runs of {figure}, profile {profile}, have no "
+            "records and would take a CPU days; make them on a GPU with `python -m amaml.paper "
+            f"--figure {figure} --profile {profile} --device cuda --out FOLDER`, or say with "
+            "--minutes how long a CPU is to work on them"
+        )
+    waiting: list[Run] = []
+    written = time.monotonic()
+
+    def publish() -> None:
+        nonlocal table, written
+        rows = experiments.max_rows(figure)
+        tables = [subsample(tabulate(run, labels[run.id]), rows) for run in waiting]
+        table = publish_runs(figure, profile, waiting, tables, list(labels), folder)
+        waiting.clear()
+        written = time.monotonic()
+
+    def finish(run: Run) -> None:
+        waiting.append(run)
+        if time.monotonic() - written > PUBLISH_EVERY:
+            publish()
+
+    try:
+        for parts in dict.fromkeys(plan.parts for plan in missing):
+            run_all(
+                [plan.config for plan in missing if plan.parts == parts],
+                out,
+                client,
+                settings.RUNS_PER_BATCH[profile],
+                device=device,
+                minutes=minutes,
+                root=root,
+                progress=progress,
+                on_finish=finish,
+                name=parts,
+                **experiments.PARTS.get(parts, {}),
+            )
+    finally:
+        if waiting:
+            publish()
+    return table.reset_index(drop=True)
+
+
+def subsample(metrics: pd.DataFrame, max_rows: int) -> pd.DataFrame:
+    """At most about `max_rows` rows of a run: evenly spaced ones, the first, the last, and all that
     hold a validation (of which there must be few: they are what figures are judged by)."""
-    stride = max(1, -(-len(metrics) // points))
+    stride = max(1, -(-len(metrics) // max_rows))
     iteration = metrics["iteration"]
     kept = (iteration % stride == 0) | iteration.isin([iteration.min(), iteration.max()])
     return metrics[kept | metrics["validation_loss"].notna()]
 
 
 def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:
-    """A row a run: its last `window` iterations in one number each.
+    """One row per run: its last `window` iterations in one number each.
 
-    The columns that are constant within a run (labels, config, status), and `validation_loss` and
-    `validation_accuracy` as means over the validations in the window; `alpha` and `beta` are those
-    of the last iteration. The loss of a run that diverged is infinite.
+    Returns:
+        The columns that are constant within a run (labels, config, status), `validation_loss` and
+        `validation_accuracy` as means over the validations in the window, and the last `alpha` and
+        `beta`. The loss of a run that diverged is infinite.
     """
     ends = table.groupby("run", sort=False)["iteration"].transform("max")
     last = table[table["iteration"] > ends - window].groupby("run", sort=False)
@@ -56,69 +142,62 @@ def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:
 def publish_runs(
     figure: str,
     profile: str,
-    finished: Sequence[tuple[pd.DataFrame, dict]],
+    runs: Sequence[Run],
+    tables: Sequence[pd.DataFrame],
     order: Sequence[str],
     folder: str | Path = RECORDS,
 ) -> pd.DataFrame:
     """Enter runs into a figure's records, in the place of older records of the same runs.
 
-    `finished` holds for each run its part of the table, its id in the column `run`, and its
-    result.json: what made it and the seconds it took. `order` lists the ids of all runs of the
-    figure: the table is sorted by it, and runs that are no longer in it are dropped. Records are
-    read again under a lock first, so that what other processes publish meanwhile is not lost.
-    Returns the figure's table.
+    Records are read again under a lock first, so that what other processes publish is not lost.
+
+    Args:
+        runs: finished runs.
+        tables: the rows of each that are published, with its id in the column `run`.
+        order: the ids of all runs of the figure: the table is sorted by it, and runs that are no
+            longer in it are dropped.
+
+    Returns:
+        The figure's table.
     """
     places = {run: place for place, run in enumerate(order)}
-    results = {rows["run"].iloc[0]: result for rows, result in finished}
+    new = {run.id for run in runs}
     with lock(folder):
         table, made_by = read_records(figure, profile, folder)
-        kept = table[table["run"].isin(order) & ~table["run"].isin(results)]
-        parts = [part for part in (kept, *(rows for rows, _ in finished)) if len(part)]
-        table = pd.concat(parts, ignore_index=True)
-        table = table.sort_values("run", key=lambda runs: runs.map(places), kind="stable")
+        kept = table[table["run"].isin(places) & ~table["run"].isin(new)]
+        table = pd.concat([some for some in (kept, *tables) if len(some)], ignore_index=True)
+        table = table.sort_values("run", key=lambda ids: ids.map(places), kind="stable")
+        still = set(kept["run"])
         for batch in made_by:
-            batch["runs"] = {run: s for run, s in batch["runs"].items() if run in set(kept["run"])}
-        for run, result in results.items():
-            enter(made_by, run, result)
+            batch["runs"] = {run: s for run, s in batch["runs"].items() if run in still}
+        for run in runs:
+            add_to_header(made_by, run)
         made_by = [batch for batch in made_by if batch["runs"]]
         write_records(figure, profile, table, made_by, folder)
     return table.reset_index(drop=True)
 
 
-def enter(made_by: list[dict], run: str, result: dict) -> None:
-    """Enter a run and the seconds it took into the header, under what made it."""
-    told = ("commit", "clean", "versions", "machine", "threads", "float32_products")
-    maker = {key: result[key] for key in told if key in result}
+def add_to_header(made_by: list[dict], run: Run) -> None:
+    """Enter a run and the seconds it took, under what made it."""
+    maker = {key: run.maker[key] for key in TOLD}
     for batch in made_by:
-        if {key: value for key, value in batch.items() if key != "runs"} == maker:
-            batch["runs"][run] = result["seconds"]
+        if {key: batch.get(key) for key in TOLD} == maker:
+            batch["runs"][run.id] = run.seconds
             return
-    made_by.append(maker | {"runs": {run: result["seconds"]}})
+    made_by.append(maker | {"runs": {run.id: run.seconds}})
 
 
 def write_records(
     figure: str, profile: str, table: pd.DataFrame, made_by: list[dict], folder=RECORDS
 ) -> Path:
-    """Publish a figure's table (a row a logged iteration) and its header; returns the table's path.
-
-    `made_by` lists what made which runs (see `provenance`), with the seconds that each took. For
-    one process at a time: see `publish_runs`. Of the two files one is replaced before the other;
-    in between the header describes both tables, so that a kill loses neither.
-    """
+    """Publish a figure's table and what made which runs, with the seconds that each took."""
     path = Path(folder) / f"{figure}-{profile}.csv.gz"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    content = gzip.compress(table.to_csv(index=False).encode(), mtime=0)
-    header = {"figure": figure, "profile": profile, "made_by": made_by}
-    header["table_sha256"] = checksum(content)
-    before = {}
-    if path.exists():
-        _, described = verified_records(path)
-        before = {"before": {key: described[key] for key in ("made_by", "table_sha256")}}
-    write_json(header_path(path), header | before)
-    write_atomically(path, content)
-    if before:
-        write_json(header_path(path), header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = table.to_csv(index=False)
+    digest = hashlib.sha256(rows.encode()).hexdigest()
+    header = {"figure": figure, "profile": profile, "sha256": digest, "made_by": made_by}
+    content = f"# {json.dumps(header)}\n{rows}"
+    write_atomically(path, gzip.compress(content.encode(), mtime=0))
     return path
 
 
@@ -127,27 +206,25 @@ def read_records(
 ) -> tuple[pd.DataFrame, list[dict]]:
     """A figure's table and who made it; both empty where nothing has been published yet.
 
-    ValueError where they are damaged or of another layout.
+    Raises:
+        ValueError: where the file is damaged, of another figure, or of an older layout.
     """
     path = Path(folder) / f"{figure}-{profile}.csv.gz"
     if not path.exists():
         return pd.DataFrame({"run": pd.Series(dtype=str)}), []
-    content, header = verified_records(path)
-    return read_table(gzip.decompress(content).decode()), header["made_by"]
-
-
-def verified_records(path: Path) -> tuple[bytes, dict]:
-    """The bytes of a table and what its header says of them; needs no lock."""
-    while True:
-        header, content = read_json(header_path(path), TRAIN_AGAIN), path.read_bytes()
-        if f"{header['figure']}-{header['profile']}.csv.gz" != path.name:
-            raise damaged(path, f"it is {header['figure']}, {header['profile']}", TRAIN_AGAIN)
-        for described in (header, header.get("before", {})):
-            if described.get("table_sha256") == checksum(content):
-                return content, described
-        if read_json(header_path(path), TRAIN_AGAIN) == header:  # else it has just been replaced
-            raise damaged(path, "it does not give the checksum in its header", TRAIN_AGAIN)
-
-
-def header_path(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".csv.gz") + ".json")
+    try:
+        first, _, rows = gzip.decompress(path.read_bytes()).decode().partition("\n")
+        if not first.startswith("# {"):
+            raise ValueError("its first line is no header: an older layout")
+        header = json.loads(first[2:])
+        if (header["figure"], header["profile"]) != (figure, profile):
+            raise ValueError(f"it is of {header['figure']}, {header['profile']}")
+        if header["sha256"] != hashlib.sha256(rows.encode()).hexdigest():
+            raise ValueError("its rows do not give its checksum")
+        made_by = header["made_by"]
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
+    # Empty fields are NaN; the ids of runs stay text also where they could be numbers.
+    kept = {"dtype": {"run": str}, "keep_default_na": False, "na_values": [""]}
+    exact = {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
+    return pd.read_csv(io.StringIO(rows), **kept, **exact), made_by

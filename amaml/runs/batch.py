@@ -1,60 +1,70 @@
-"""Meta-iterations of runs side by side, from one look at their numbers to the next."""
+"""Runs in progress, and how a batch of them is advanced without waiting for the device."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from amaml.alpha_maml import MetaState, meta_step, summary, task_metrics
+from amaml.alpha_maml import MetaState, metrics_per_task, summary
 from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.fast import cuda_graph
-from amaml.maml import query_metrics
+from amaml.inner_loop import mapped
 from amaml.tasks import Tasks
 
-# Iterations between two looks, each of which waits for the device. On a CPU every validation is
-# looked at, too, so that nothing is computed that the one before has made needless.
+# Iterations between two looks at the numbers, each of which waits for the device. On a CPU every
+# validation is looked at, too: nothing is computed that the one before has made needless.
 LOOK_EVERY, LOOK_EVERY_ON_GPU = 10, 100
-WATCHED = ["query_loss", "alpha", "beta", "gradient_norm"]  # a run has diverged if one is infinite
+WATCHED = ("query_loss", "alpha", "beta", "gradient_norm")  # a run diverges if one is infinite
 
 
 @dataclass
-class Underway:
-    """A run that is being made: what it is, and how far it is."""
+class RunInProgress:
+    """A run, and how far it is."""
 
     config: RunConfig
     folder: Path
+    about: dict  # what it is and what makes it
     validation: Tasks
     generator: torch.Generator  # of the training tasks
     state: MetaState
-    iteration: int
-    seconds: float
-    maker: dict
+    metrics: pd.DataFrame
+    iteration: int = 0
+    seconds: float = 0.0
     status: str = "running"
 
 
-class Program:
-    """The meta-iterations of some runs, which differ in their rates, hyper rates and seeds alone.
+class RunBatch:
+    """The meta-iterations of runs that differ in their rates, hyper rates and seeds alone.
 
-    One run goes by itself, so that a model of one's own need not work under `vmap`; more are mapped
-    over. On a GPU an iteration is replayed as one graph of its kernels. Nothing in here waits for
-    the device.
+    One run goes alone, so that a model of one's own need not work under `vmap`; more are mapped
+    over. On a GPU an iteration is replayed as one graph of its kernels.
     """
 
-    def __init__(self, runs: Sequence[Underway], model: nn.Module, sampler, loss: Loss):
+    def __init__(self, runs: Sequence[RunInProgress], model: nn.Module, sampler, loss: Loss, step):
         self.runs, self.model, self.sampler, self.loss = list(runs), model, sampler, loss
         self.config, like = runs[0].config, runs[0].state.alpha
+        steps, first_order = self.config.inner_steps, self.config.first_order
+        self.measure = partial(metrics_per_task, model, inner_steps=steps, loss=loss)
+        self.step = partial(
+            step,
+            model,
+            inner_steps=steps,
+            first_order=first_order,
+            recompute=self.config.recompute,
+            loss=loss,
+        )
         self.hyper_rates = [
-            torch.tensor([getattr(r.config, name) for r in runs], dtype=torch.float64).to(like)
+            torch.tensor([getattr(r.config, name) for r in runs], dtype=like.dtype).to(like.device)
             for name in ("hyper_alpha", "hyper_beta")
         ]
         # Runs of one seed see the same tasks: these are drawn once, by the first of them.
@@ -62,12 +72,10 @@ class Program:
         self.drawing = list(first.values())
         place = [list(first).index(run.config.seed) for run in runs]
         self.place = torch.tensor(place, device=like.device)
-        self.validation = runs[0].validation
-        if len(runs) > 1:
-            self.validation = together([run.validation for run in runs])
+        self.validation = stacked([run.validation for run in runs])
         self.names: list[str] = []  # of the metrics
         self.iterate = self.iterate_once
-        if cuda_graph.serve(like.device):
+        if cuda_graph.available(like.device):
             generators = [run.generator for run in self.drawing]
             self.iterate = cuda_graph.replayed(self.iterate_once, self.load(), generators)
 
@@ -78,149 +86,115 @@ class Program:
         return tree_map(lambda *values: torch.stack(values), *(run.state for run in self.runs))
 
     def state_of(self, i: int, state: MetaState) -> MetaState:
-        """That of one run."""
-        if len(self.runs) == 1:
-            return tree_map(torch.clone, state)
-        return tree_map(lambda value: value[i].clone(), state)
+        alone = len(self.runs) == 1
+        return tree_map(lambda value: (value if alone else value[i]).clone(), state)
 
     def iterate_once(self, state: MetaState) -> tuple[MetaState, Tensor]:
-        """A meta-iteration; the metrics (runs, names)."""
-        config = self.config
-        drawn = [self.sampler.sample(config.meta_batch_size, r.generator) for r in self.drawing]
-        fixed = {"inner_steps": config.inner_steps, "first_order": config.first_order}
+        """A meta-iteration; returns (next state, metrics (runs, names))."""
+        size = self.config.meta_batch_size
+        drawn = stacked([self.sampler.sample(size, run.generator) for run in self.drawing])
 
-        def step(state, hyper_alpha, hyper_beta, tasks):
-            rates = {"hyper_alpha": hyper_alpha, "hyper_beta": hyper_beta}
-            return meta_step(self.model, state, tasks, **rates, **fixed, loss=self.loss)
+        def step(state, hyper_alpha, hyper_beta, *batch):
+            tasks = Tasks(*batch)
+            return self.step(state, tasks, hyper_alpha=hyper_alpha, hyper_beta=hyper_beta)
 
-        if len(self.runs) == 1:
-            state, metrics = step(state, *(rate[0] for rate in self.hyper_rates), drawn[0])
-            metrics = {name: value.unsqueeze(0) for name, value in metrics.items()}
-        else:
-            batch = (x[self.place] for x in together(drawn))
-            state, metrics = vmap(lambda *args: step(*args[:3], Tasks(*args[3:])))(
-                state, *self.hyper_rates, *batch
-            )
+        batch = [x[self.place] for x in drawn] if len(self.runs) > 1 else drawn
+        state, metrics = self.map(step, state, *self.hyper_rates, *batch)
         self.names = list(metrics)
         return state, torch.stack(list(metrics.values()), 1)
 
     def validate(self, state: MetaState) -> dict[str, Tensor]:
         """What `evaluate` measures on the runs' validation tasks, (runs, tasks)."""
-        inner_steps = self.config.inner_steps
-        if len(self.runs) == 1:
-            measured = task_metrics(
-                self.model, state, self.validation, inner_steps=inner_steps, loss=self.loss
-            )
-            return {name: value.unsqueeze(0) for name, value in measured.items()}
 
-        def measured(theta, alpha, *batch):
-            return query_metrics(self.model, theta, alpha, batch, inner_steps, self.loss)
+        def measured(state, *batch):
+            return state, self.measure(state, Tasks(*batch))
 
-        return vmap(measured)(state.theta, state.alpha, *self.validation)
+        return self.map(measured, state, *self.validation)[1]
+
+    def map(self, function: Callable, state: MetaState, *tensors: Tensor) -> tuple:
+        """`function` of each run's state and tensors, which have the runs in front: the next
+        states as they come, and metrics with the runs in front."""
+        if len(self.runs) > 1:
+            return mapped(self.model, function, state, *tensors)
+        state, metrics = function(state, *(tensor[0] for tensor in tensors))
+        return state, {name: value.unsqueeze(0) for name, value in metrics.items()}
 
 
-def together(tasks: Sequence[Tasks]) -> list[Tensor]:
+def stacked(tasks: Sequence[Tasks]) -> list[Tensor]:
     """The tensors of several meta-batches, each with these in front."""
+    if len(tasks) == 1:
+        return [value.unsqueeze(0) for value in vars(tasks[0]).values()]
     return [torch.stack(each) for each in zip(*(vars(t).values() for t in tasks), strict=True)]
 
 
-def advance(
-    program: Program, checkpoint_every: int, ahead: Sequence[int] = ()
-) -> list[pd.DataFrame]:
-    """Go on with a program's runs, all at the same iteration, up to where they are looked at next.
+def advance(batch: RunBatch, checkpoint_every: int, ahead: Sequence[int] = ()) -> None:
+    """Advance runs, all at the same iteration, to where their numbers are looked at next.
 
-    `ahead` are iterations not to be passed. Each run gets its state, iteration and status; returns
-    the new rows of its metrics.
+    Each gets its state, iteration, status and new rows of metrics. `ahead` are iterations not to
+    be passed.
     """
-    started, runs, config = time.perf_counter(), program.runs, program.config
-    start, stop = runs[0].iteration, min((next_look(program, checkpoint_every), *ahead))
-    state, values, measured, states = program.load(), [], {}, {}
+    started, runs, config = time.perf_counter(), batch.runs, batch.config
+    start = runs[0].iteration
+    stop = min([next_look(batch, checkpoint_every), *ahead])
+    state, values, validated, states = batch.load(), [], {}, {}
     for iteration in range(start + 1, stop + 1):
-        state, row = program.iterate(state)
+        state, row = batch.iterate(state)
         values.append(row)
-        if validation_due(config, iteration):
-            measured[iteration] = program.validate(state)
+        if iteration % config.validation_every == 0 or iteration == config.iterations:
+            validated[iteration] = batch.validate(state)
             if config.threshold is not None and iteration < stop:  # a run may have ended here
                 states[iteration] = tree_map(torch.clone, state)
-    values = torch.stack(values).double().cpu().numpy()
-    measured = {
-        iteration: {name: value.cpu() for name, value in each.items()}
-        for iteration, each in measured.items()
-    }
-    tables = []
+    numbers = torch.stack(values).double().cpu().numpy()
+    measured = tree_map(lambda value: value.cpu(), validated)
     for i, run in enumerate(runs):
         of_run = {
             iteration: summary({name: value[i] for name, value in each.items()})
             for iteration, each in measured.items()
         }
-        rows = to_rows(program.names, values[:, i], start + 1, of_run, config)
-        run.iteration, run.status = int(rows["iteration"].iloc[-1]), status_after(config, rows)
-        run.state = program.state_of(i, states.get(run.iteration, state))
-        tables.append(rows)
+        rows, run.status = to_rows(batch.names, numbers[:, i], start + 1, of_run, config)
+        run.metrics = pd.concat([run.metrics, rows], ignore_index=True) if start else rows
+        run.iteration = int(rows["iteration"].iloc[-1])
+        run.state = batch.state_of(i, states.get(run.iteration, state))
     for run in runs:
-        drawing = next(r for r in program.drawing if r.config.seed == run.config.seed)
+        drawing = next(r for r in batch.drawing if r.config.seed == run.config.seed)
         if run is not drawing:
             run.generator.set_state(drawing.generator.get_state())
-    seconds = (time.perf_counter() - started) / len(runs)
-    for run in runs:
-        run.seconds += seconds
-    return tables
+        run.seconds += (time.perf_counter() - started) / len(runs)
 
 
-def next_look(program: Program, checkpoint_every: int) -> int:
-    """The iteration after which a program's numbers are looked at next."""
-    config, iteration = program.config, program.runs[0].iteration
-    if program.runs[0].state.alpha.device.type == "cpu":
+def next_look(batch: RunBatch, checkpoint_every: int) -> int:
+    """The iteration after which a batch's numbers are looked at next."""
+    config, iteration = batch.config, batch.runs[0].iteration
+    every: tuple[int, ...] = (LOOK_EVERY_ON_GPU, checkpoint_every)
+    if batch.runs[0].state.alpha.device.type == "cpu":
         every = (LOOK_EVERY, config.validation_every, checkpoint_every)
-    else:
-        every = (LOOK_EVERY_ON_GPU, checkpoint_every)
     return min(*((iteration // n + 1) * n for n in every), config.iterations)
 
 
 def to_rows(
     names: list[str], values: np.ndarray, first: int, measured: dict, config: RunConfig
-) -> pd.DataFrame:
-    """A run's metrics (iterations, names) as rows, with what was measured on validation tasks at
-    some of these iterations, and with room for what is measured on test tasks.
+) -> tuple[pd.DataFrame, str]:
+    """A run's metrics (iterations, names) as rows up to the one that ends it, and its status.
 
-    Rows after the one that ends the run are dropped: they say nothing.
+    `measured` holds what was found on the validation tasks after some of these iterations.
     """
-    rows = {"iteration": range(first, first + len(values))}
-    rows |= dict(zip(names, values.T, strict=True))
-    finite = np.isfinite(values[:, [names.index(name) for name in WATCHED]]).all(axis=1)
-    length = len(values) if finite.all() else int(finite.argmin()) + 1
-    for kind in ("loss", "accuracy") if "query_accuracy" in names else ("loss",):
-        rows[f"validation_{kind}"] = np.full(len(values), np.nan)
-        if config.test_tasks:
-            rows[f"test_{kind}"] = rows[f"test_{kind}_ci95"] = np.nan
+    rows = pd.DataFrame(values, columns=names)
+    rows.insert(0, "iteration", range(first, first + len(values)))
+    for kind in [name.removeprefix("query_") for name in names if name.startswith("query_")]:
+        tested = [f"test_{kind}", f"test_{kind}_ci95"] if config.test_tasks else []
+        rows[[f"validation_{kind}", *tested]] = np.nan
+    watched = rows[[name for name in WATCHED if name in names]]
+    finite = np.isfinite(watched.to_numpy()).all(axis=1)
+    diverged, reached = ~finite, np.zeros(len(rows), bool)
     for iteration, numbers in measured.items():
-        place = iteration - first
-        if place >= length or not finite[place]:
-            break
-        for name, value in numbers.items():
-            if name.replace("query", "validation") in rows:
-                rows[name.replace("query", "validation")][place] = value
-        if ended(config, numbers["query_loss"]):
-            length = place + 1
-    return pd.DataFrame(rows).iloc[:length].copy()
-
-
-def validation_due(config: RunConfig, iteration: int) -> bool:
-    return iteration % config.validation_every == 0 or iteration == config.iterations
-
-
-def ended(config: RunConfig, validation_loss: float) -> bool:
-    """Whether a run ends with this validation loss: diverged, or at its threshold."""
-    reached = config.threshold is not None and validation_loss <= config.threshold
-    return reached or not np.isfinite(validation_loss)
-
-
-def status_after(config: RunConfig, rows: pd.DataFrame) -> str:
-    """A run's status by the last of its rows: "running", or how it ended (see `Run`)."""
-    row = rows.iloc[-1]
-    validated = ["validation_loss"] if validation_due(config, int(row["iteration"])) else []
-    if not np.isfinite(row[WATCHED + validated]).all():
-        return "diverged"
-    if validated and ended(config, row["validation_loss"]):
-        return "reached"
-    return "done" if row["iteration"] == config.iterations else "running"
+        place, loss = iteration - first, numbers["query_loss"]
+        if finite[place]:
+            for name in [name for name in numbers if not name.endswith("ci95")]:
+                rows.loc[place, name.replace("query", "validation")] = numbers[name]
+            diverged[place] = not np.isfinite(loss)
+            reached[place] = config.threshold is not None and loss <= config.threshold
+    over = diverged | reached
+    last = int(over.argmax()) if over.any() else len(rows) - 1
+    status = "done" if first + last == config.iterations else "running"
+    status = "diverged" if diverged[last] else "reached" if reached[last] else status
+    return rows.iloc[: last + 1].copy(), status

@@ -10,42 +10,47 @@ from pathlib import Path
 
 import torch
 
+from amaml.config import NUMERICS
 
-def here(device="cpu") -> dict:
-    """What makes a run here and now: source commit, library versions, machine, threads."""
-    packages = ("torch", "numpy", "pandas", "safetensors")
+
+def environment(device="cpu") -> dict:
+    """Source commit, version of the numerics, library versions, machine and threads."""
+    versions = {name: package_version(name) for name in ("torch", "numpy", "pandas", "safetensors")}
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else "cpu",
+    }
     return {
         **source_commit(),
-        "versions": {"python": platform.python_version()} | {p: package(p) for p in packages},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else "cpu",
-        },
+        "numerics": NUMERICS,
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": machine,
         "threads": torch.get_num_threads(),
         "float32_products": torch.get_float32_matmul_precision(),  # "highest", or "high": TF32
     }
 
 
 def source_commit() -> dict:
-    """The commit of the source tree and whether it was clean; None outside a git checkout."""
+    """The commit of the source and whether it is clean; None where git does not track it.
+
+    An installed package may lie in a folder of some other repository, whose commit says nothing.
+    """
 
     def git(*words: str) -> str:
-        folder = Path(__file__).resolve().parent
-        answer = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-        )
-        return answer.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "config.py")
         return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain", ".")}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "clean": None}
 
 
-def package(name: str) -> str | None:
+def package_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -55,8 +60,6 @@ def package(name: str) -> str | None:
 def processor() -> str:
     """The processor's name as the operating system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

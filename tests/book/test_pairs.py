@@ -1,0 +1,58 @@
+"""The committed notebooks: each is its .md source, executed, tidy, and saved without a change."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jupytext
+import pytest
+from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from jupytext.compare import compare_notebooks
+from jupytext.sync_contentsmanager import build_sync_jupytext_contents_manager_class
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
+
+
+def test_there_are_notebooks_and_each_chapter_is_a_pair():
+    assert NOTEBOOKS
+    sources = {path.stem for path in BOOK.glob("[0-9]*.md")}
+    assert sources == {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_and_source_say_the_same(path):
+    notebook, source = jupytext.read(path), jupytext.read(path.with_suffix(".md"))
+    compare_notebooks(notebook, source, fmt="md:myst", raise_on_first_difference=False)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_saving_an_unchanged_chapter_in_jupyterlab_changes_nothing(path, tmp_path):
+    """Where this fails: `jupytext --to md:myst` makes of an .md what JupyterLab would write."""
+    pair = [path, path.with_suffix(".md")]
+    for file in (*pair, BOOK / "jupytext.toml"):
+        shutil.copy(file, tmp_path)
+    manager = build_sync_jupytext_contents_manager_class(LargeFileManager)(root_dir=str(tmp_path))
+    manager.save(manager.get(path.name), path.name)
+    for file in pair:
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_executed_and_tidy(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in code]
+    assert counts == list(range(1, len(code) + 1)), "not executed once from top to bottom"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert "widgets" not in notebook["metadata"]
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    text = json.dumps([output.get("text", "") for output in outputs])
+    assert not re.search(r"(/(home|root|Users|tmp)/|[A-Z]:\\\\)", text), "a path of a machine"
+    parameters = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(parameters) == 1 and "profile = " in "".join(parameters[0]["source"])

@@ -1,0 +1,146 @@
+"""Algorithm 2: the step of equation 9, MAML as its special case, Adam, evaluation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    batches,
+    leaves,
+    loop_losses,
+    omniglot_forward,
+    random_tasks,
+    relative_error,
+    small_model,
+)
+
+import amaml
+
+
+def test_without_hyper_rates_it_is_maml():
+    model, steps = small_model(), batches(5)
+    state = amaml.init_state(model, alpha=0.3, beta=0.2)
+    theta = leaves(dict(model.named_parameters()))
+    for tasks in steps:
+        state, _ = amaml.meta_step(model, state, tasks)
+        losses = loop_losses(omniglot_forward, theta, 0.3, tasks, fixed=model.meta_only)
+        loss = torch.stack(losses).mean()
+        gradient = torch.autograd.grad(loss, list(theta.values()))
+        theta = leaves({n: p - 0.2 * g for (n, p), g in zip(theta.items(), gradient, strict=True)})
+    assert relative_error(state.theta, theta) < 1e-9
+    assert (state.alpha.item(), state.beta.item()) == (0.3, 0.2)
+
+
+def test_mean_and_sum_over_tasks_differ_by_a_change_of_scale():
+    # With the sum: beta / n, hyper_alpha / n, hyper_beta / n^3 give the same run.
+    n, model = 3, small_model()
+    mean = amaml.init_state(model, alpha=0.3, beta=0.2)
+    alpha, beta, previous = 0.3, 0.2 / n, None
+    theta = dict(mean.theta)
+    for tasks in batches(4, batch=n):
+        mean, _ = amaml.meta_step(model, mean, tasks, hyper_alpha=0.03, hyper_beta=0.02)
+        gradient, d_alpha, _ = amaml.meta_gradient(model, theta, alpha, tasks)
+        total = {name: n * g for name, g in gradient.items()}
+        if previous:
+            dot = sum((total[name] * previous[name]).sum() for name in theta).item()
+            beta = beta + 0.02 / n**3 * dot
+        theta = {name: theta[name] - beta * total[name] for name in theta}
+        alpha, previous = alpha - 0.03 / n * (n * d_alpha.item()), total
+        assert relative_error(mean.theta, theta) < 1e-9
+        assert mean.beta.item() == pytest.approx(n * beta, rel=1e-9)
+
+
+def test_infinite_gradients_leave_rates_alone_that_have_no_hyper_rate():
+    model = small_model()
+    state = amaml.init_state(model, alpha=0.3, beta=0.2)
+    state = state._replace(
+        direction={name: torch.full_like(p, math.inf) for name, p in state.theta.items()}
+    )
+    tasks = batches(1)[0]
+    broken = amaml.Tasks(tasks.support_x, tasks.support_y, tasks.query_x * math.inf, tasks.query_y)
+    state, metrics = amaml.meta_step(model, state, broken)
+    assert not math.isfinite(metrics["d_alpha"]) and not math.isfinite(metrics["d_beta"])
+    assert (state.alpha.item(), state.beta.item()) == (0.3, 0.2)
+    moved, _ = amaml.meta_step(model, state, broken, hyper_alpha=0.1)
+    assert not math.isfinite(moved.alpha) and moved.beta.item() == 0.2
+
+
+def test_adam_takes_the_steps_of_torchs_adam():
+    model = small_model()
+    state = amaml.init_state(model, alpha=0.3, beta=0.01, meta_optimizer="adam")
+    theta = leaves(dict(model.named_parameters()))
+    adam = torch.optim.Adam(theta.values(), lr=0.01)
+    for tasks in batches(5):
+        state, _ = amaml.meta_step(model, state, tasks)
+        losses = loop_losses(omniglot_forward, theta, 0.3, tasks, fixed=model.meta_only)
+        adam.zero_grad()
+        torch.stack(losses).mean().backward()
+        adam.step()
+    assert relative_error(state.theta, {n: p.detach() for n, p in theta.items()}) < 1e-8
+
+
+def test_hypergradient_of_beta_under_adam_is_that_of_finite_differences():
+    model, (first, second), step = small_model(), batches(2), 1e-7
+
+    def after_first(beta: float):
+        start = amaml.init_state(model, alpha=0.3, beta=beta, meta_optimizer="adam")
+        return amaml.meta_step(model, start, first)[0]
+
+    def loss_after(beta: float) -> float:
+        theta = leaves(after_first(beta).theta)
+        losses = loop_losses(omniglot_forward, theta, 0.3, second, 1, True, model.meta_only)
+        return torch.stack(losses).mean().item()
+
+    _, metrics = amaml.meta_step(model, after_first(0.01), second)
+    difference = (loss_after(0.01 + step) - loss_after(0.01 - step)) / (2 * step)
+    assert metrics["d_beta"].item() == pytest.approx(difference, rel=1e-5)
+
+
+def test_the_state_keeps_no_graph_and_the_model_is_not_touched():
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = amaml.init_state(model, alpha=0.3, beta=0.2)
+    for tasks in batches(2):
+        state, metrics = amaml.meta_step(model, state, tasks, hyper_alpha=0.1, hyper_beta=0.1)
+    kept = [*state.theta.values(), *state.direction.values(), state.alpha, state.beta]
+    assert not any(tensor.requires_grad for tensor in [*kept, *metrics.values()])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluation_is_that_of_a_plain_loop_with_95_percent_intervals():
+    model, tasks = small_model(), random_tasks((1, 28, 28), batch=40)
+    state = amaml.init_state(model, alpha=0.3, beta=0.2)
+    measured = amaml.evaluate(model, state, tasks, inner_steps=2)
+    theta = leaves(state.theta)
+    losses = loop_losses(omniglot_forward, theta, 0.3, tasks, 2, True, model.meta_only)
+    losses = torch.stack(losses).detach()
+    assert measured["query_loss"] == pytest.approx(losses.mean().item(), rel=1e-9)
+    half_width = 1.96 * losses.std().item() / math.sqrt(40)
+    assert measured["query_loss_ci95"] == pytest.approx(half_width, rel=1e-9)
+    right = []
+    for i in range(40):
+        adapted = amaml.adapt(
+            model, state.theta, 0.3, tasks.support_x[i], tasks.support_y[i], inner_steps=2
+        )
+        guess = omniglot_forward(adapted, tasks.query_x[i]).argmax(1)
+        right.append((guess == tasks.query_y[i]).double().mean())
+    assert measured["query_accuracy"] == pytest.approx(torch.stack(right).mean().item())
+    assert math.isnan(amaml.evaluate(model, state, tasks[0])["query_loss_ci95"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"alpha": math.nan}, "alpha=nan.*finite"),
+        ({"alpha": -0.1}, "alpha=-0.1.*>= 0"),
+        ({"beta": math.inf}, "beta=inf.*finite"),
+        ({"beta": torch.ones(2)}, r"beta must be one number.*\(2,\)"),
+        ({"meta_optimizer": "lion"}, "meta_optimizer='lion'.*sgd, adam"),
+    ],
+)
+def test_wrong_starts_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        amaml.init_state(small_model(), **({"alpha": 0.1, "beta": 0.1} | arguments))
