@@ -45,14 +45,8 @@ def init_state(
 ) -> MetaState:
     """The state before the first iteration; `model`'s trainable parameters are copied.
 
-    Args:
-        model: a module that `meta_gradient` takes.
-        alpha: starting inner rate, finite and >= 0 (hypergradient descent can leave 0).
-        beta: starting meta rate, likewise.
-        meta_optimizer: "sgd", as in the paper, or "adam".
-
-    Raises:
-        ValueError: for rates or a meta-optimiser out of range, or a model that cannot serve.
+    The starting rates must be finite and >= 0 (hypergradient descent can leave 0);
+    `meta_optimizer` is "sgd", as in the paper, or "adam".
     """
     check_module(model)
     theta = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -66,11 +60,14 @@ def init_state(
     if meta_optimizer not in CHOICES["meta_optimizer"]:
         known = ", ".join(CHOICES["meta_optimizer"])
         raise ValueError(f"meta_optimizer={meta_optimizer!r}: known are {known}")
+    direction, first, second = (
+        {name: torch.zeros_like(value) for name, value in theta.items()} for _ in range(3)
+    )
     moments: dict = {}
     if meta_optimizer == "adam":
         count = torch.zeros_like(rates["beta"])
-        moments = {"first": zeros_like(theta), "second": zeros_like(theta), "count": count}
-    return MetaState(theta, rates["alpha"], rates["beta"], zeros_like(theta), moments)
+        moments = {"first": first, "second": second, "count": count}
+    return MetaState(theta, rates["alpha"], rates["beta"], direction, moments)
 
 
 def meta_step(
@@ -93,10 +90,9 @@ def meta_step(
 
     Args:
         model: the module that `state` belongs to; it is left as it is.
-        state: the state after the iteration before, or that of `init_state`.
+        state: that of the iteration before, or of `init_state`.
         tasks: this iteration's meta-batch.
-        hyper_alpha: hyper learning rate of alpha, >= 0.
-        hyper_beta: hyper learning rate of beta, >= 0.
+        hyper_alpha, hyper_beta: hyper learning rates of alpha and beta, >= 0.
         inner_steps, first_order, recompute, loss: see `meta_gradient`.
 
     Returns:
@@ -109,15 +105,9 @@ def meta_step(
     theta, alpha, beta, direction, moments = state
     hyper_alpha = as_hyper_rate("hyper_alpha", hyper_alpha, like=alpha)
     hyper_beta = as_hyper_rate("hyper_beta", hyper_beta, like=beta)
+    options: dict = {"inner_steps": inner_steps, "first_order": first_order, "recompute": recompute}
     gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)
-        model,
-        theta,
-        alpha,
-        tasks,
-        inner_steps=inner_steps,
-        first_order=first_order,
-        recompute=recompute,
-        loss=loss,
+        model, theta, alpha, tasks, loss=loss, **options
     )
     d_beta = -dot(gradient, direction)  # (6)
     beta = update_rate(beta, hyper_beta, d_beta)  # (9), second line
@@ -147,22 +137,15 @@ def evaluate(
         `query_accuracy_ci95`. Each interval is mean +- ci95, 1.96 standard errors over the tasks
         (not a number for a single task).
     """
-    return summary(metrics_per_task(model, state, tasks, inner_steps=inner_steps, loss=loss))
-
-
-def metrics_per_task(
-    model: nn.Module, state: MetaState, tasks: Tasks, *, inner_steps: int, loss: Loss
-) -> dict[str, Float[Tensor, " tasks"]]:
-    """What `evaluate` gives the means of."""
     check_state(state)
-    return query_metrics(model, state.theta, state.alpha, tasks, inner_steps, loss)
+    return summary(query_metrics(model, state.theta, state.alpha, tasks, inner_steps, loss))
 
 
 def summary(measured: dict[str, Tensor]) -> dict[str, float]:
     """Means over the tasks, and the half widths of their 95 % intervals."""
     numbers = {}
     for name, values in measured.items():
-        values = values.double()
+        values = values.cpu().double()  # in this order: not every device has float64
         error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         numbers[name], numbers[f"{name}_ci95"] = float(values.mean()), 1.96 * error
     return numbers
@@ -207,7 +190,3 @@ def descent_direction(gradient: dict[str, Tensor], moments: dict) -> tuple[dict[
 def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Float[Tensor, ""]:
     """The dot product over all parameters."""
     return reduce(torch.add, ((a[name] * b[name]).sum() for name in a))
-
-
-def zeros_like(theta: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in theta.items()}

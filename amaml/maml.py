@@ -120,11 +120,9 @@ def meta_gradient(
         cross-entropy, `query_accuracy` in 0..1.
     """
     check_call(model, theta, inner_steps, first_order, loss, tasks)
-    theta, alpha, batch, loss = prepared(theta, alpha, tasks, loss)
-    by = fast.meta_gradient if fast.serves(model, theta, alpha) else mapped_meta_gradient
-    gradient, d_alpha, metrics = by(
-        model, theta, alpha, batch, inner_steps, first_order, loss, recompute
-    )
+    at, batch, loss = prepared(theta, alpha, tasks, loss)
+    by = fast.meta_gradient if fast.serves(model, *at) else mapped_meta_gradient
+    gradient, d_alpha, metrics = by(model, *at, batch, inner_steps, first_order, loss, recompute)
     # Contiguous, as a checkpoint gives it back: the order of later sums depends on the layout.
     gradient = {name: g.contiguous() for name, g in gradient.items()}
     return gradient, d_alpha, {name: m.mean(0) for name, m in metrics.items()}
@@ -140,9 +138,9 @@ def query_metrics(
 ) -> dict[str, Float[Tensor, " tasks"]]:
     """Each task's `query_loss` and, for the cross-entropy, `query_accuracy` after adaptation."""
     check_call(model, theta, inner_steps, False, loss, tasks)
-    theta, alpha, batch, loss = prepared(theta, alpha, tasks, loss)
-    by = fast.query_metrics if fast.serves(model, theta, alpha) else mapped_query_metrics
-    return by(model, theta, alpha, batch, inner_steps, loss)
+    at, batch, loss = prepared(theta, alpha, tasks, loss)
+    by = fast.query_metrics if fast.serves(model, *at) else mapped_query_metrics
+    return by(model, *at, batch, inner_steps, loss)
 
 
 def mapped_meta_gradient(
@@ -199,13 +197,14 @@ def mapped_query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[
     return mapped(model, one_task, *batch, chunk_size=TASKS_AT_ONCE)
 
 
-def prepared(theta, alpha, tasks: Tasks, loss: Loss) -> tuple:
-    """(theta, alpha, batch, loss), ready to compute with; batch is (support_x, support_y, query_x,
-    query_y)."""
+def prepared(
+    theta, alpha, tasks: Tasks, loss: Loss
+) -> tuple[tuple[dict[str, Tensor], Tensor], tuple, Loss]:
+    """((theta, alpha), (support_x, support_y, query_x, query_y), loss), ready to compute with."""
     loss = checked_loss(loss, support_y=tasks.support_y, query_y=tasks.query_y)
     theta, (support_x, query_x) = same_dtype(theta, tasks.support_x, tasks.query_x)
     alpha = as_scalar("alpha", alpha, like=widest(theta))
-    return theta, alpha, (support_x, tasks.support_y, query_x, tasks.query_y), loss
+    return (theta, alpha), (support_x, tasks.support_y, query_x, tasks.query_y), loss
 
 
 def same_dtype(theta: Theta, *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:

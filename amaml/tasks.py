@@ -104,7 +104,7 @@ class TaskSampler:
     def __post_init__(self):
         for name in ("n_way", "k_shot", "k_query"):
             object.__setattr__(self, name, whole(getattr(self, name)))
-        n, n_drawings = self.characters.images.shape[:2]
+        n, each = self.characters.images.shape[:2]
         n_way, k_shot, k_query = self.n_way, self.k_shot, self.k_query
         if n_way < 2 or k_shot < 1 or k_query < 1:
             raise ValueError(
@@ -112,11 +112,8 @@ class TaskSampler:
             )
         if n_way > n:
             raise ValueError(f"n_way={n_way} needs {n_way} characters, the split has {n}")
-        if k_shot + k_query > n_drawings:
-            raise ValueError(
-                f"k_shot={k_shot} and k_query={k_query} need {k_shot + k_query} drawings of a "
-                f"character, there are {n_drawings}; lower one of the two"
-            )
+        if (k := k_shot + k_query) > each:
+            raise ValueError(f"k_shot + k_query need {k} drawings of a character, there are {each}")
 
     def sample(self, meta_batch_size: int, generator: torch.Generator) -> Tasks:
         """A meta-batch of `meta_batch_size` tasks, float32, drawn without a loop over the tasks.
@@ -130,6 +127,8 @@ class TaskSampler:
         images = self.characters.images
         n_characters, n_drawings, height, width = images.shape
         batch, n_way, k = whole(meta_batch_size), self.n_way, self.k_shot + self.k_query
+        if batch < 1:
+            raise ValueError(f"meta_batch_size={batch} must be at least 1")
 
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=images.device)
@@ -147,9 +146,9 @@ class TaskSampler:
 
         labels = torch.arange(n_way, device=images.device)
         return Tasks(
-            support_x=x[:, :, : self.k_shot].reshape(batch, -1, 1, height, width),
+            support_x=x[:, :, : self.k_shot].flatten(1, 2).unsqueeze(2),
             support_y=labels.repeat_interleave(self.k_shot).repeat(batch, 1),
-            query_x=x[:, :, self.k_shot :].reshape(batch, -1, 1, height, width),
+            query_x=x[:, :, self.k_shot :].flatten(1, 2).unsqueeze(2),
             query_y=labels.repeat_interleave(self.k_query).repeat(batch, 1),
         )
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from amaml.alpha_maml import MetaState, metrics_per_task, summary
+from amaml.alpha_maml import MetaState, summary
 from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.fast import cuda_graph
 from amaml.inner_loop import mapped
+from amaml.maml import query_metrics
 from amaml.tasks import Tasks
 
 # Iterations between two looks at the numbers, each of which waits for the device. On a CPU every
@@ -53,16 +54,9 @@ class RunBatch:
     def __init__(self, runs: Sequence[RunInProgress], model: nn.Module, sampler, loss: Loss, step):
         self.runs, self.model, self.sampler, self.loss = list(runs), model, sampler, loss
         self.config, like = runs[0].config, runs[0].state.alpha
-        steps, first_order = self.config.inner_steps, self.config.first_order
-        self.measure = partial(metrics_per_task, model, inner_steps=steps, loss=loss)
-        self.step = partial(
-            step,
-            model,
-            inner_steps=steps,
-            first_order=first_order,
-            recompute=self.config.recompute,
-            loss=loss,
-        )
+        shared = ("inner_steps", "first_order", "recompute")
+        options = {name: getattr(self.config, name) for name in shared}
+        self.step = partial(step, model, loss=loss, **options)
         self.hyper_rates = [
             torch.tensor([getattr(r.config, name) for r in runs], dtype=like.dtype).to(like.device)
             for name in ("hyper_alpha", "hyper_beta")
@@ -74,7 +68,7 @@ class RunBatch:
         self.place = torch.tensor(place, device=like.device)
         self.validation = stacked([run.validation for run in runs])
         self.names: list[str] = []  # of the metrics
-        self.iterate = self.iterate_once
+        self.iterate: Callable = self.iterate_once
         if cuda_graph.available(like.device):
             generators = [run.generator for run in self.drawing]
             self.iterate = cuda_graph.replayed(self.iterate_once, self.load(), generators)
@@ -107,7 +101,10 @@ class RunBatch:
         """What `evaluate` measures on the runs' validation tasks, (runs, tasks)."""
 
         def measured(state, *batch):
-            return state, self.measure(state, Tasks(*batch))
+            tasks, steps = Tasks(*batch), self.config.inner_steps
+            return state, query_metrics(
+                self.model, state.theta, state.alpha, tasks, steps, self.loss
+            )
 
         return self.map(measured, state, *self.validation)[1]
 
@@ -144,7 +141,7 @@ def advance(batch: RunBatch, checkpoint_every: int, ahead: Sequence[int] = ()) -
             validated[iteration] = batch.validate(state)
             if config.threshold is not None and iteration < stop:  # a run may have ended here
                 states[iteration] = tree_map(torch.clone, state)
-    numbers = torch.stack(values).double().cpu().numpy()
+    numbers = torch.stack(values).cpu().double().numpy()
     measured = tree_map(lambda value: value.cpu(), validated)
     for i, run in enumerate(runs):
         of_run = {

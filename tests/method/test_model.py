@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers import relative_error
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
@@ -89,14 +89,6 @@ def test_second_derivatives_are_right_in_any_order_of_transforms():
     assert relative_error(of_mean, mean) < 1e-10
 
 
-def test_a_bias_of_the_convolution_would_have_no_effect():
-    z, offset = draw(6, 4, 3, 3), torch.zeros(4, dtype=torch.float64)
-    plain, biased = (
-        F.batch_norm(z + bias, None, None, bias=offset, training=True) for bias in (0, 3.7)
-    )
-    assert torch.allclose(plain, biased, atol=1e-12)
-
-
 def test_initialisation():
     network = model()
     for block in network.blocks:
@@ -111,8 +103,19 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize(
-    ("n_way", "error"), [(1, ValueError), (True, TypeError), ("5", TypeError), (2.5, TypeError)]
+    ("sizes", "error", "words"),
+    [
+        ({"n_way": 1}, ValueError, "n_way=1 must be at least 2"),
+        ({"n_way": 2.5}, TypeError, "float"),
+        ({"filters": 0}, ValueError, "filters=0 at least 1"),
+    ],
 )
-def test_wrong_n_way_is_refused(n_way, error):
-    with pytest.raises(error, match=f"n_way.*{n_way}"):
-        amaml.OmniglotCNN(n_way)
+def test_wrong_sizes_are_refused(sizes, error, words):
+    with pytest.raises(error, match=words):
+        amaml.OmniglotCNN(**sizes)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 3, 28, 28), (0, 1, 28, 28)])
+def test_what_is_no_batch_of_images_is_refused(shape):
+    with pytest.raises(ValueError, match=r"not floating-point \(batch, 1, height, width\)"):
+        model()(torch.zeros(shape))

@@ -199,9 +199,7 @@ def test_a_run_that_met_a_full_disk_goes_on_when_there_is_room(undisturbed, tmp_
     assert train(tmp_path)[0] == 0 and bits(tmp_path / CONFIG.id) == whole
 
 
-def test_a_sweep_whose_workers_are_killed_gives_the_same_table(tmp_path):
-    from distributed import Client, LocalCluster
-
+def test_a_sweep_whose_worker_is_killed_gives_the_same_table(client, tmp_path):
     def die_at(count: int) -> int:
         """Let this worker be killed in an iteration; the one in its place is as it was."""
         from amaml import alpha_maml
@@ -217,12 +215,9 @@ def test_a_sweep_whose_workers_are_killed_gives_the_same_table(tmp_path):
         return os.getpid()
 
     configs = [replace(CONFIG, seed=seed) for seed in range(6)]
-    with (
-        LocalCluster(2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        whole = amaml.run_all(configs, tmp_path / "undisturbed", client, progress=False)
-        killed = client.run(die_at, CONFIG.iterations + 5)  # in the second run of each
-        table = amaml.run_all(configs, tmp_path / "killed", client, progress=False)
-        assert not set(killed.values()) & set(client.run(os.getpid).values())
+    whole = amaml.run_all(configs, tmp_path / "whole", minutes=60, progress=False)
+    first = next(iter(client.nthreads()))
+    (killed,) = client.run(die_at, CONFIG.iterations // 2, workers=[first]).values()
+    table = amaml.run_all(configs, tmp_path / "killed", client, progress=False)
+    assert killed not in client.run(os.getpid).values()
     pd.testing.assert_frame_equal(table, whole, check_exact=True)
