@@ -18,32 +18,25 @@ Theta = Mapping[str, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
 
 
-def check_call(model, theta, inner_steps, first_order, loss, tasks=None) -> None:
+def check_call(model, theta: Theta, inner_steps, first_order, tasks=None) -> None:
     """Raise TypeError or ValueError for arguments that do not go with the model."""
     check_module(model)
-    if not isinstance(theta, Mapping):
-        raise TypeError(f"theta must be a dict by parameter name, not {type(theta).__name__}")
-    parameters = dict(model.named_parameters())
-    needed = {name for name, value in parameters.items() if value.requires_grad}
-    if not needed <= theta.keys() <= parameters.keys():
-        wrong = sorted(needed - theta.keys()) or sorted(theta.keys() - parameters.keys())
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    needed = {name for name, value in model.named_parameters() if value.requires_grad}
+    if wrong := sorted((needed - theta.keys()) | (theta.keys() - shapes.keys())):
         raise ValueError(
-            f"theta must hold the model's parameters {', '.join(parameters)}; "
-            f"{', '.join(wrong)} is missing or too much"
+            f"theta must hold the model's parameters {', '.join(shapes)}; {', '.join(wrong)} is "
+            "missing or too much"
         )
     for name, value in theta.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"theta[{name!r}] must be a tensor, not {type(value).__name__}")
-        if value.shape != parameters[name].shape:
+        if value.shape != shapes[name]:
             raise ValueError(
-                f"theta[{name!r}] must have the shape {tuple(parameters[name].shape)} of the "
-                f"model's parameter, not {tuple(value.shape)}"
+                f"theta[{name!r}] must have the shape {shapes[name]} of the model's parameter, not "
+                f"{tuple(value.shape)}"
             )
     whole_number("inner_steps", inner_steps)
     if not isinstance(first_order, bool):
         raise TypeError(f"first_order={first_order!r}: must be True or False")
-    if not callable(loss):
-        raise TypeError(f"loss must be a function of (prediction, y), not {loss!r}")
     if tasks is not None and not isinstance(tasks, Tasks):
         raise TypeError(f"tasks must be amaml.Tasks, not {type(tasks).__name__}")
 
@@ -51,8 +44,7 @@ def check_call(model, theta, inner_steps, first_order, loss, tasks=None) -> None
 def check_module(model: nn.Module) -> None:
     """Raise unless `model` is a function of its parameters and its input alone.
 
-    Running statistics that are updated would tie the tasks of a meta-batch together and leak from
-    training to evaluation; dropout draws from no generator of ours, so no run could be repeated.
+    Statistics that are updated would leak from task to task; no run with dropout can be repeated.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -62,14 +54,13 @@ def check_module(model: nn.Module) -> None:
         kind = type(module).__name__
         if getattr(module, "running_mean", None) is not None and module.training:
             raise ValueError(
-                f"{name or 'the model'} is a {kind} with running statistics; build it with "
-                "track_running_stats=False, so that each set is normalised by itself, or call "
-                "model.eval() to keep the statistics as they are"
+                f"{name or 'the model'} is a {kind} that updates running statistics; build it with "
+                "track_running_stats=False, or call model.eval() to keep them as they are"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
-                f"{name or 'the model'} is a {kind} with p={module.p}; its random draws cannot be "
-                "repeated from a seed: take it out, set p=0 or call model.eval()"
+                f"{name or 'the model'} is a {kind} with p={module.p}, whose draws cannot be "
+                "repeated from a seed; take it out, set p=0 or call model.eval()"
             )
 
 
@@ -104,16 +95,11 @@ def checked_loss(loss: Loss, **labels: Tensor) -> Loss:
     return checked
 
 
-def check_examples(x, y) -> None:
-    """Raise TypeError or ValueError unless these are the inputs and targets of one task."""
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    examples = [len(value) if value.ndim else 0 for value in (x, y)]
-    if examples[0] != examples[1] or 0 in examples:
+def check_examples(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless these are the inputs and targets of one task."""
+    if len(x) != len(y) or not len(x):
         raise ValueError(
-            f"x has {examples[0]} examples, y has {examples[1]}; they must have the same number, "
-            "at least one example"
+            f"x has {len(x)} examples, y has {len(y)}; they must have the same number, at least one"
         )
 
 
@@ -130,27 +116,20 @@ def whole_number(name: str, value, least: int = 1) -> int:
     return number
 
 
-def as_scalar(name: str, value, like: Tensor) -> Tensor:
+def as_scalar(name: str, value: Any, like: Tensor) -> Tensor:
     """A rate as a tensor without dimensions; raises for anything but one number."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}={value!r}: must be a number")
         return torch.tensor(float(value), dtype=like.dtype, device=like.device)
     if value.ndim != 0:
-        raise ValueError(
-            f"{name} must be one number, as in the paper; got a tensor of shape "
-            f"{tuple(value.shape)}"
-        )
+        raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
     return value.to(like)
 
 
 def as_hyper_rate(name: str, value: Any, like: Tensor) -> Tensor:
-    """A hyper learning rate as a tensor; ValueError for numbers that are negative or not finite.
-
-    What a tensor holds is not looked at: it may be on a GPU, or one of many under `vmap`.
-    """
-    outside = isinstance(value, Real) and not 0 <= float(value) <= torch.finfo(like.dtype).max
-    if outside:
+    """A hyper learning rate as a tensor; the value of a tensor is not looked at (it may wait)."""
+    if isinstance(value, Real) and not 0 <= float(value) <= torch.finfo(like.dtype).max:
         raise ValueError(f"{name}={value}: a hyper learning rate must be finite and >= 0")
     return as_scalar(name, value, like)
 

@@ -101,7 +101,7 @@ def checked(name: str, value: Any, kind: Any):
             raise TypeError(f"{name}={value!r}: must be True or False")
         return value
     whole = kind is int
-    number: type = Integral if whole else Real
+    number: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, number):
         raise TypeError(f"{name}={value!r}: must be {'a whole number' if whole else 'a number'}")
     least = LEAST.get(name, 1) if whole else 0

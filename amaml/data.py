@@ -48,7 +48,7 @@ class Characters:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Characters:
         """Some of the characters, in the order of `index`: a place, a slice or a list of places."""
-        places = torch.arange(len(self))[index].reshape(-1).tolist()
+        places = np.arange(len(self))[index].reshape(-1).tolist()
         return Characters(self.images[places], [self.names[place] for place in places])
 
     def to(self, device: str | torch.device) -> Characters:
@@ -124,7 +124,7 @@ def as_device(device: str | torch.device) -> torch.device:
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/amaml`, else `~/.cache/amaml`; a user without a home has none."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(os.devnull if folder.startswith("~") else folder, "amaml")
 
 

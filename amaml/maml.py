@@ -42,16 +42,13 @@ def adapt(
         model: any module that `meta_gradient` takes; it is left as it is.
         theta: parameters by name, as from `MetaState.theta`.
         alpha: the inner rate.
-        x: inputs of the support set, (examples, ...).
-        y: its targets, (examples, ...).
-        inner_steps: gradient steps.
-        first_order: take the inner gradients as constants (section 5.2 of Finn et al. 2017).
-        loss: a function of (prediction, y) that gives a scalar.
+        x, y: inputs and targets of the support set, (examples, ...).
+        inner_steps, first_order, loss: see `meta_gradient`.
 
     Returns:
         theta_prime, a dict like `theta`, differentiable in `theta` and `alpha`.
     """
-    check_call(model, theta, inner_steps, first_order, loss)
+    check_call(model, theta, inner_steps, first_order)
     check_examples(x, y)
     theta, (x,) = same_dtype(theta, x)
     alpha = as_scalar("alpha", alpha, like=widest(theta))
@@ -77,11 +74,9 @@ def predict(
     whole (it is transductive): give all its examples together, in about the proportions of
     training, and not one at a time.
     """
-    theta_prime = adapt(
-        model, theta, alpha, support_x, support_y, inner_steps=inner_steps, loss=loss
-    )
-    theta_prime, (query_x,) = same_dtype(theta_prime, query_x)
-    return forward(model, theta_prime, query_x)
+    at = adapt(model, theta, alpha, support_x, support_y, inner_steps=inner_steps, loss=loss)
+    at, (query_x,) = same_dtype(at, query_x)
+    return forward(model, at, query_x)
 
 
 def meta_gradient(
@@ -107,8 +102,8 @@ def meta_gradient(
         alpha: the inner rate.
         tasks: a meta-batch.
         inner_steps: gradient steps of the inner loop.
-        first_order: take the inner gradients as constants. This leaves out the second-order term
-            and what of the hypergradient goes through it (none with one inner step).
+        first_order: take the inner gradients as constants (section 5.2 of Finn et al. 2017). This
+            leaves out the second-order term, and what of the hypergradient goes through it.
         recompute: gradient checkpointing; memory hardly grows with `inner_steps`, for about half
             as much time more.
         loss: a function of (prediction, y) that gives a scalar for one task.
@@ -119,7 +114,7 @@ def meta_gradient(
         pass; and `support_loss` (at theta), `query_loss` (at theta_prime) and, for the
         cross-entropy, `query_accuracy` in 0..1.
     """
-    check_call(model, theta, inner_steps, first_order, loss, tasks)
+    check_call(model, theta, inner_steps, first_order, tasks)
     at, batch, loss = prepared(theta, alpha, tasks, loss)
     by = fast.meta_gradient if fast.serves(model, *at) else mapped_meta_gradient
     gradient, d_alpha, metrics = by(model, *at, batch, inner_steps, first_order, loss, recompute)
@@ -137,7 +132,7 @@ def query_metrics(
     loss: Loss,
 ) -> dict[str, Float[Tensor, " tasks"]]:
     """Each task's `query_loss` and, for the cross-entropy, `query_accuracy` after adaptation."""
-    check_call(model, theta, inner_steps, False, loss, tasks)
+    check_call(model, theta, inner_steps, False, tasks)
     at, batch, loss = prepared(theta, alpha, tasks, loss)
     by = fast.query_metrics if fast.serves(model, *at) else mapped_query_metrics
     return by(model, *at, batch, inner_steps, loss)
@@ -148,36 +143,33 @@ def mapped_meta_gradient(
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """`meta_gradient` of any module, its checks apart: one task's, mapped over the tasks."""
 
-    def adapted(theta, alpha, x, y, steps=1):
-        return inner_loop(model, theta, alpha, x, y, steps, first_order, loss)
-
     def query_loss(theta_prime, x, y):
         metrics = task_metrics(forward(model, theta_prime, x), y, loss)
         return metrics["query_loss"], metrics
 
-    def task_loss(theta, alpha, support_x, support_y, query_x, query_y):
-        theta_prime, support_loss = adapted(theta, alpha, support_x, support_y, inner_steps)
+    def task_loss(theta, alpha, x, y, query_x, query_y):
+        theta_prime, support_loss = inner_loop(
+            model, theta, alpha, x, y, inner_steps, first_order, loss
+        )
         value, metrics = query_loss(theta_prime, query_x, query_y)
         return value, {"support_loss": support_loss, **metrics}
 
     # (3) and (4) in one pass
     in_one_pass = grad_and_value(task_loss, argnums=(0, 1), has_aux=True)
 
-    def step_by_step(theta, alpha, support_x, support_y, query_x, query_y):
-        def step(theta):
-            return adapted(theta, alpha, support_x, support_y)[0]
+    def step_by_step(theta, alpha, x, y, query_x, query_y):
+        def step(theta, alpha=alpha):
+            return inner_loop(model, theta, alpha, x, y, 1, first_order, loss)[0]
 
-        def inner_step_vjp(theta, v):
-            def both(theta, alpha):
-                return adapted(theta, alpha, support_x, support_y)[0]
-
-            return vjp(both, theta, alpha)[1](v)
-
-        theta_prime, support_loss = adapted(theta, alpha, support_x, support_y, inner_steps)
+        theta_prime, support_loss = inner_loop(
+            model, theta, alpha, x, y, inner_steps, first_order, loss
+        )
         v, (value, metrics) = grad_and_value(query_loss, has_aux=True)(
             theta_prime, query_x, query_y
         )
-        gradients = through_steps(theta, v, inner_steps, step, inner_step_vjp)
+        gradients = through_steps(
+            theta, v, inner_steps, step, lambda theta, v: vjp(step, theta, alpha)[1](v)
+        )
         return gradients, (value, {"support_loss": support_loss, **metrics})
 
     task_gradient = step_by_step if recompute else in_one_pass

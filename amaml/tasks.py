@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index as whole  # an int of any whole number, of numpy's as well
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Tasks:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Tasks:
         """Some of the tasks, as a meta-batch: `tasks[:8]`; a single index keeps its dimension."""
         if not isinstance(index, slice):
-            index = torch.as_tensor(index).reshape(-1)
+            index = np.arange(len(self))[index].reshape(-1).tolist()
         return Tasks(*(value[index] for value in vars(self).values()))
 
     def double(self) -> Tasks:

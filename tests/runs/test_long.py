@@ -65,6 +65,11 @@ def test_three_thousand_iterations_hold_no_more_than_one_thousand(tmp_path):
 
 
 def test_metrics_are_detached_and_no_tensor_outlives_its_iteration():
+    def living() -> tuple[int, int]:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        return len(tensors), sum(tensor.numel() for tensor in tensors)
+
     model, counts = small_model().float(), []
     sampler = amaml.TaskSampler(amaml.load_glyphs(), n_way=3)
     generator, state = torch.Generator().manual_seed(0), amaml.init_state(model, 0.1, 0.1)
@@ -73,7 +78,5 @@ def test_metrics_are_detached_and_no_tensor_outlives_its_iteration():
             model, state, sampler.sample(2, generator), hyper_alpha=1e-3, hyper_beta=1e-3
         )
         if iteration in (20, 199):
-            gc.collect()
-            living = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
-            counts.append((len(living), sum(tensor.numel() for tensor in living)))
+            counts.append(living())
     assert counts[0] == counts[1]
