@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from functools import wraps
 from numbers import Real
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amaml.data import whole_number
 from amaml.tasks import Tasks
 
 Theta = Mapping[str, Tensor]
@@ -101,19 +101,6 @@ def check_examples(x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"x has {len(x)} examples, y has {len(y)}; they must have the same number, at least one"
         )
-
-
-def whole_number(name: str, value, least: int = 1) -> int:
-    """An integer, of numpy's as well, as an int; TypeError or ValueError for anything else."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name}={number}: must be at least {least}")
-    return number
 
 
 def as_scalar(name: str, value: Any, like: Tensor) -> Tensor:

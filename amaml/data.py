@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import index as whole  # an int of any whole number, of numpy's as well
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,8 @@ def split_characters(characters: Characters, seed: int = 0) -> Split:
     train, both = round(n * 1100 / 1623), round(n * 1200 / 1623)
     if not 0 < train < both < n:
         raise ValueError(f"{n} characters are too few to split into three sets; 11 are enough")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(whole(seed)))
+    generator = torch.Generator().manual_seed(whole_number("seed", seed, 0))
+    order = torch.randperm(n, generator=generator)
     return Split(characters[order[:train]], characters[order[train:both]], characters[order[both:]])
 
 
@@ -108,10 +109,24 @@ def load_glyphs(seed: int = 0) -> Characters:
     An embedded stand-in for Omniglot: never mix the results on the two. The seed is for the hands;
     the arrays are the same on every machine, drawn within seconds by the first call, then cached.
     """
-    return cached("glyphs", whole(seed), lambda: glyphs.draw_glyphs(whole(seed)))
+    seed = whole_number("seed", seed, 0)
+    return cached("glyphs", seed, lambda: glyphs.draw_glyphs(seed))
 
 
 LOADERS = {"omniglot": load_omniglot, "glyphs": load_glyphs}
+
+
+def whole_number(name: str, value, least: int = 1) -> int:
+    """An integer, of numpy's as well, as an int; TypeError or ValueError for anything else."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}={number}: must be at least {least}")
+    return number
 
 
 def as_device(device: str | torch.device) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from operator import index as whole  # an int of any whole number, of numpy's as well
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class OmniglotCNN(nn.Module):
         self, n_way: int = 5, generator: torch.Generator | None = None, *, filters: int = 64
     ):
         super().__init__()
-        n_way, filters = whole(n_way), whole(filters)
+        n_way, filters = operator.index(n_way), operator.index(filters)  # numpy's, too
         if n_way < 2 or filters < 1:
             raise ValueError(f"n_way={n_way} must be at least 2, and filters={filters} at least 1")
         pairs = itertools.pairwise([1, *4 * [filters]])

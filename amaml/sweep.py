@@ -17,9 +17,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from amaml.checks import whole_number
 from amaml.config import RunConfig
-from amaml.data import as_device
+from amaml.data import as_device, whole_number
 from amaml.training import Run, shared_fields, train_together
 
 CHECKPOINT_EVERY, CHECKPOINT_EVERY_ON_GPU = 50, 500  # iterations

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index as whole  # an int of any whole number, of numpy's as well
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from amaml.data import Characters, as_device
+from amaml.data import Characters, as_device, whole_number
 from amaml.shapes import Int, Shaped
 
 
@@ -41,6 +40,9 @@ class Tasks:
     query_y: Shaped[Tensor, "tasks query ..."]
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
         shapes = {name: tuple(value.shape) for name, value in vars(self).items()}
         support_x, support_y, query_x, query_y = (shape[:2] for shape in shapes.values())
         alike = support_x == support_y and query_x == query_y and support_x[:1] == query_x[:1]
@@ -103,14 +105,10 @@ class TaskSampler:
     rotate: bool = True
 
     def __post_init__(self):
-        for name in ("n_way", "k_shot", "k_query"):
-            object.__setattr__(self, name, whole(getattr(self, name)))
+        for name, least in (("n_way", 2), ("k_shot", 1), ("k_query", 1)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         n, each = self.characters.images.shape[:2]
         n_way, k_shot, k_query = self.n_way, self.k_shot, self.k_query
-        if n_way < 2 or k_shot < 1 or k_query < 1:
-            raise ValueError(
-                f"k_shot={k_shot}, k_query={k_query} must be at least 1, n_way={n_way} at least 2"
-            )
         if n_way > n:
             raise ValueError(f"n_way={n_way} needs {n_way} characters, the split has {n}")
         if (k := k_shot + k_query) > each:
@@ -127,7 +125,8 @@ class TaskSampler:
             raise TypeError(f"generator must be a seeded torch.Generator, not {generator!r}")
         images = self.characters.images
         n_characters, n_drawings, height, width = images.shape
-        batch, n_way, k = whole(meta_batch_size), self.n_way, self.k_shot + self.k_query
+        batch = whole_number("meta_batch_size", meta_batch_size)
+        n_way, k = self.n_way, self.k_shot + self.k_query
         if batch < 1:
             raise ValueError(f"meta_batch_size={batch} must be at least 1")
 

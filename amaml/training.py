@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
-from amaml.checks import Loss, whole_number
+from amaml.checks import Loss
 from amaml.config import RunConfig
-from amaml.data import as_device
+from amaml.data import as_device, whole_number
 from amaml.runs import provenance, store
 from amaml.runs.batch import RunBatch, RunInProgress, advance
 from amaml.runs.parts import (

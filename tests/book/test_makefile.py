@@ -80,10 +80,12 @@ def test_figures_stops_at_a_parameter_that_a_notebook_does_not_have(clone):
     assert "07_appendix_figures" not in done.stdout
 
 
+def versions(name: str) -> dict[str, str]:
+    text = (ROOT / name).read_text().lower().replace("_", "-")
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+)$", text, re.M))
+
+
 def test_all_that_is_required_has_the_same_version_among_the_constraints():
-    required, pinned = (
-        dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / name).read_text().lower(), re.M))
-        for name in ("requirements.txt", "constraints.txt")
-    )
+    required, pinned = versions("requirements.txt"), versions("constraints.txt")
     assert required and required.items() <= pinned.items()
     assert len(pinned) > 2 * len(required)

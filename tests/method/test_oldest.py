@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OLDEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()).group(1)
 PYTHON = os.environ.get("AMAML_OLDEST_PYTHON")
 needs_oldest = pytest.mark.skipif(
@@ -62,9 +62,9 @@ def run():
     for value in model.parameters():
         value.data.fill_(0.5)
     config = amaml.RunConfig(iterations=12, alpha=0.1, beta=0.1, meta_batch_size=3)
-    own = {"model": model, "sampler": Lines(), "loss": squared_error, "progress": False}
+    own = {"name": "lines", "model": model, "sampler": Lines(), "loss": squared_error}
     with tempfile.TemporaryDirectory() as out:
-        made, read = (amaml.train(config, out, **own) for _ in range(2))
+        made, read = (amaml.train(config, out, progress=False, **own) for _ in range(2))
     assert made.metrics.equals(read.metrics) and made.status == "done"
     return read.metrics["query_loss"].tolist() + [read.state.alpha.item()]
 

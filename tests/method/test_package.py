@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import amaml
-from amaml.paper import grids, records
+from amaml.paper import records, thresholds
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_public_name_is_there_and_documented():
@@ -68,8 +68,8 @@ def test_the_numbers_on_the_front_page_are_those_of_the_records():
 def test_the_grid_on_the_front_page_is_that_of_the_records():
     index = (ROOT / "book" / "index.md").read_text()
     table, _ = records.read_records("figures_2_3", "medium")
-    cells = grids.middle_seeds(table)
-    for (hyper_rate, _), row in cells.groupby(grids.HYPER_RATES):
+    cells = thresholds.middle_seeds(table)
+    for (hyper_rate, _), row in cells.groupby(thresholds.HYPER_RATES):
         method = rf"Alpha MAML, $h_\alpha = h_\beta = {hyper_rate:g}$" if hyper_rate else "MAML"
         reached = (row["outcome"] == "reached").sum()
         assert f"| {method} | {reached} of {len(row)} |" in index
