@@ -137,8 +137,15 @@ def evaluate(
         `query_accuracy_ci95`. Each interval is mean +- ci95, 1.96 standard errors over the tasks
         (not a number for a single task).
     """
+    return summary(state_metrics(model, state, tasks, inner_steps, loss))
+
+
+def state_metrics(
+    model: nn.Module, state: MetaState, tasks: Tasks, inner_steps: int, loss: Loss
+) -> dict[str, Float[Tensor, " tasks"]]:
+    """What `evaluate` gives the means of."""
     check_state(state)
-    return summary(query_metrics(model, state.theta, state.alpha, tasks, inner_steps, loss))
+    return query_metrics(model, state.theta, state.alpha, tasks, inner_steps, loss)
 
 
 def summary(measured: dict[str, Tensor]) -> dict[str, float]:

@@ -127,11 +127,12 @@ def over_dask(configs, out, client, size, root, parts) -> Iterator[tuple]:
             connected.submit(train_batch, batch, out, root, parts, pure=False): batch
             for batch in batches
         }
-        for future in as_completed(futures):
+        for future in as_completed(list(futures)):
+            batch = futures.pop(future)  # so that its worker forgets the result
             if future.status == "finished":
-                yield futures[future], future.result(), None
+                yield batch, future.result(), None
             else:
-                yield futures[future], [], future.exception()
+                yield batch, [], future.exception()
 
 
 def train_batch(configs: Batch, out: str, root, parts: dict[str, Any]) -> list[Run]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amaml.alpha_maml import MetaState, evaluate, init_state, meta_step
+from amaml.alpha_maml import MetaState, init_state, meta_step, summary
 from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.data import as_device, whole_number
@@ -127,7 +127,7 @@ def train_together(
     checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
     check_configs(configs)
     made_of = Parts(**parts)
-    own, name = own_parts(made_of), made_of.name
+    own, name, step = own_parts(made_of), made_of.name, made_of.step
     parent = None if start is None else load_run(start.folder if isinstance(start, Run) else start)
     told = {"name": name, "start": parent.id if parent else ""}
     folders = {config: Path(out) / run_id(config, **told) for config in configs}
@@ -159,7 +159,7 @@ def train_together(
         for folder in sorted(folders[config] for config in missing):  # in one order: no deadlock
             locks.enter_context(store.lock(folder))
         running = [
-            begin(c, folders[c], abouts[c], networks[c].to(where), samplers, where, parent)
+            begin(c, folders[c], abouts[c], networks[c].to(where), samplers, step, where, parent)
             for c in missing
         ]
         structure = networks[missing[0]]  # each run has parameters of its own
@@ -173,7 +173,7 @@ def advance_all(runs, model, samplers, parts, checkpoint_every, deadline, progre
     running, batch = [run for run in runs if run.status == "running"], None
     bar = progress_bar(running, progress)
     with stop_signals() as stopped, bar:
-        while running and not stopped() and time.monotonic() < deadline:
+        while running and not stopped():
             least = min(run.iteration for run in running)  # what a kill left behind catches up
             behind = [run for run in running if run.iteration == least]
             ahead = [run.iteration for run in running if run.iteration > least]
@@ -185,23 +185,26 @@ def advance_all(runs, model, samplers, parts, checkpoint_every, deadline, progre
             advance(batch, checkpoint_every, ahead)
             for run in behind:
                 if run.config.test_tasks and run.status in ("done", "reached"):
-                    test(run, model, samplers.test, parts.loss)
+                    test(run, batch, samplers.test)
                 if run.status != "running" or run.iteration % checkpoint_every == 0:
                     checkpoint(run)
             running = [run for run in running if run.status == "running"]
             show(bar, behind[0], running)
+            if time.monotonic() > deadline:
+                break
         for run in running:
             if run.iteration:
                 checkpoint(run)  # to be resumed from here
 
 
-def begin(config, folder, about, network, samplers, device, parent=None) -> RunInProgress:
+def begin(config, folder, about, network, samplers, step, device, parent) -> RunInProgress:
     """A run at its start, or where its checkpoint left it. Its folder must be locked."""
     generator = seeded_generator(config.seed, "validation tasks", device)
     validation = samplers.validation.sample(config.validation_tasks, generator)
     if not isinstance(validation, Tasks):
         raise TypeError(f"sampler must give amaml.Tasks, not {type(validation).__name__}")
     state = init_state(network, config.alpha, config.beta, meta_optimizer=config.meta_optimizer)
+    state = step.begin(state, config) if hasattr(step, "begin") else state
     generator = seeded_generator(config.seed, "training tasks", device)
     about = about | {"maker": provenance.environment(device)}
     run = RunInProgress(config, folder, about, validation, generator, state, pd.DataFrame())
@@ -242,13 +245,13 @@ def check_start(parent: Run, state: MetaState, config: RunConfig) -> None:
         )
 
 
-def test(run: RunInProgress, model: nn.Module, sampler, loss: Loss) -> None:
+def test(run: RunInProgress, batch: RunBatch, sampler) -> None:
     """Measure a finished run on tasks of the test characters, which nothing was chosen by."""
     config = run.config
     generator = seeded_generator(config.seed, "test tasks", run.state.alpha.device)
     tasks = sampler.sample(config.test_tasks, generator)
-    measured = evaluate(model, run.state, tasks, inner_steps=config.test_inner_steps, loss=loss)
-    for name, value in measured.items():
+    steps, loss = config.test_inner_steps, batch.loss
+    for name, value in summary(batch.measure(batch.model, run.state, tasks, steps, loss)).items():
         run.metrics.loc[run.metrics.index[-1], name.replace("query", "test")] = value
 
 

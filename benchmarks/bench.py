@@ -18,6 +18,7 @@ import torch
 
 from amaml.paper import records
 from amaml.runs import provenance
+from amaml.runs.process import keep_freed_memory
 from benchmarks import costs, measures, peers, processes
 from benchmarks.measures import AMAML, PRODUCT, Bench
 
@@ -36,11 +37,11 @@ MEASURES = {
 }
 REFERENCE = {"alpha": "MAML", "run_all": "one after another"}  # of a measure's ratios; else amaml
 SIZES = ["n_way", "inner_steps", "meta_batch_size", "n_runs"]
-UNITS = {"s": ("ms", 1e3), "bytes": ("MB", 1e-6)}  # in which they are shown
+UNITS = {"s": ("ms", 1e3), "bytes": ("MB", 1e-6)}  # shown, and the factor
 
 
 def run(bench: Bench, names: list[str]) -> pd.DataFrame:
-    """The rows of these measures; each measure's table is printed as it is done."""
+    """The rows of these measures; prints each measure's table as soon as it is there."""
     tables = []
     for name in names:
         rows = MEASURES[name](bench)
@@ -52,7 +53,7 @@ def run(bench: Bench, names: list[str]) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a contestant and size: median and quartiles over the rounds, the ratio to the
+    """One row per contestant and size: median and quartiles over the rounds, the ratio to the
     measure's reference, and the share of the matrix-product rate.
 
     Ratios and shares are taken round by round, and are the medians over the rounds.
@@ -85,9 +86,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def describe(bench: Bench) -> dict:
     """What makes the numbers: provenance as of all records, and what is particular to speed."""
     libraries = {name: library for name, (_, _, library) in peers.PEERS.items() if library}
-    maker = provenance.here(bench.device)
+    maker = provenance.environment(bench.device)
     maker["versions"] |= {
-        library: provenance.package(library) or "source checkout"
+        library: provenance.package_version(library) or "source checkout"
         for name, library in libraries.items()
         if peers.installed(name)
     }
@@ -123,6 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(given.threads)
     set_precision(given.precision)
+    if given.device == "cpu":
+        keep_freed_memory()
     begun = time.perf_counter()
     bench = Bench(given.device, given.threads, given.rounds, given.precision)
     maker = describe(bench)

@@ -2,63 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.func import vmap
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import amaml
-from amaml.fast import meta_gradients, omniglot_cnn
-from amaml.paper.experiments import PROFILES
+from amaml.paper.costs import maml_step, step_memory
+from amaml.paper.settings import PROFILES
 from benchmarks import peers
 from benchmarks.measures import ALPHA, AMAML, BETA, RATES, Bench, Rows, amaml_step, right_peers
 
-RECOMPUTED = "amaml, recompute"
 STANDARD = {"n_way": 5, "inner_steps": 1, "meta_batch_size": 32}
 
 
 def alpha(bench: Bench) -> Rows:
     """Alpha MAML beside a MAML step without alpha's gradient, kept gradient and rate updates."""
     model, tasks = bench.model(), sample_of_32(bench)
-    theta = {name: value.detach().clone() for name, value in model.named_parameters()}
+    theta, alpha, *_ = amaml.init_state(model, ALPHA, BETA)
 
     def maml() -> None:
         nonlocal theta
-        theta = maml_step(theta, tasks)
+        theta = maml_step(theta, alpha, BETA, tasks)
 
     step = amaml_step(model, inner_steps=1)
     return bench.interleave({"MAML": maml, "Alpha MAML": lambda: step(tasks)}, 40, STANDARD)
-
-
-def maml_step(theta: dict[str, Tensor], tasks: amaml.Tasks) -> dict[str, Tensor]:
-    """One iteration of MAML by the passes that `amaml` goes by, and in pieces as large."""
-    total = {name: torch.zeros_like(value) for name, value in theta.items()}
-    n, pieces = len(tasks), 1
-    if tasks.support_x.device.type == "cpu":
-        pieces = -(-n * tasks.support_x.shape[1] // meta_gradients.EXAMPLES_AT_ONCE)
-    for i in range(pieces):
-        piece = tasks[i * n // pieces : (i + 1) * n // pieces]
-        alpha = theta["linear.bias"].new_full((len(piece),), ALPHA)
-        prime = {name: value.expand(len(piece), *value.shape) for name, value in theta.items()}
-        support, query = omniglot_cnn.prepare(piece.support_x), omniglot_cnn.prepare(piece.query_x)
-        step = meta_gradients.inner_step(prime, support, piece.support_y, F.cross_entropy)
-        prime = meta_gradients.descend(prime, step, alpha)
-        step = step._replace(gradient={})
-        at = omniglot_cnn.OmniglotPass(prime, query)
-        v = at.gradient(meta_gradients.derivatives(F.cross_entropy, at.logits, piece.query_y)[1])
-        del at, prime
-        for name, h in step.at.pull(step.curvature(step.at.push(v))).items():
-            total[name] += meta_gradients.less(v[name], alpha, h).sum(0)
-    return {name: value - BETA / n * total[name] for name, value in theta.items()}
 
 
 def sample_of_32(bench: Bench) -> amaml.Tasks:
@@ -94,7 +65,7 @@ def parts(bench: Bench) -> Rows:
 
 
 def profiled(bench: Bench, step: Callable, calls: int = 5) -> dict[str, float]:
-    """Seconds a call in each part's operations, by torch's profiler."""
+    """Seconds per call in each part's operations, by torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.device != "cpu":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -147,40 +118,19 @@ def memory(bench: Bench) -> Rows:
     """
     model, tasks, rows = bench.model(), sample_of_32(bench), []
     theta = amaml.init_state(model, ALPHA, BETA).theta
-    recompute = "recompute" in inspect.signature(amaml.meta_gradient).parameters
-    ours = {AMAML: {}} | ({RECOMPUTED: {"recompute": True}} if recompute else {})
+    ours = {AMAML: False, f"{AMAML}, recompute": True}
     for name in [*ours, *right_peers(bench, ["vmap(grad)", "learn2learn"])]:
         for inner_steps in (1, 5, 10, 20):
             if name in ours:
-                given = {"inner_steps": inner_steps} | ours[name]
+                given = {"inner_steps": inner_steps, "recompute": ours[name]}
                 step = partial(amaml.meta_gradient, model, theta, ALPHA, **given)
             else:
                 step = peers.peer_step(name, model, ALPHA, BETA, inner_steps)
             step(tasks[:1])  # what is kept from then on is no part of the peak
-            value = peak_of_tensors(bench, lambda step=step: step(tasks))
+            value, _ = step_memory(partial(step, tasks), bench.device)
             sizes = STANDARD | {"inner_steps": inner_steps}
             rows.append({"contestant": name, **sizes, "round": 1, "value": value, "unit": "bytes"})
     return rows
-
-
-def peak_of_tensors(bench: Bench, step: Callable) -> int:
-    """The highest sum of bytes of the tensors made during a step."""
-    if bench.device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    total = highest = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        total += event["args"]["Bytes"]
-        highest = max(highest, total)
-    return highest
 
 
 # -- many runs ----------------------------------------------------------------------------------

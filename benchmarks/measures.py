@@ -1,7 +1,7 @@
-"""What is measured: each function gives rows of a tidy table, a row a round and contestant.
+"""The measures: each function returns rows of a tidy table, one per round and contestant.
 
-Contestants of a measure take turns (A B C A B C ...), so that a drift of the machine's speed meets
-all of them alike, and are compared round by round.
+Contestants of a measure take turns (A B C A B C ...), so that a drift of the machine's speed
+affects all of them alike, and are compared round by round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rows = list[dict]
 
 @dataclass
 class Bench:
-    """On what is measured, and how far each peer's meta-gradient was found to be from ours."""
+    """The device to measure on, and how far each peer's meta-gradient is from ours."""
 
     device: str = "cpu"
     threads: int = 2
@@ -46,7 +46,7 @@ class Bench:
         return drawn.to(self.device)
 
     def seconds(self, step: Callable) -> float:
-        """Time of one call, until the device has done it."""
+        """Seconds of one call, until the device has finished."""
         self.synchronise()
         start = time.perf_counter()
         step()
@@ -60,7 +60,7 @@ class Bench:
     def interleave(self, contestants: dict, rounds: int, common: dict | None = None) -> Rows:
         """Time the contestants in turn; the first round warms up and is not kept.
 
-        Keys are a contestant's name, or (name, dict of further columns).
+        Keys are a contestant's name, or (name, further columns as pairs).
         """
         rows = []
         for number in range(self.rounds_of(rounds) + 1):
@@ -108,7 +108,7 @@ def amaml_iteration(bench: Bench, model, sampler, inner_steps: int, meta_batch_s
         return state, torch.stack(list(metrics.values()))
 
     replay = step
-    if cuda_graph.serve(torch.device(bench.device)):
+    if cuda_graph.available(torch.device(bench.device)):
         replay = cuda_graph.replayed(step, state, [generator])
 
     def iteration() -> None:
@@ -187,7 +187,7 @@ def forward_flop(model: amaml.OmniglotCNN, image_size: int = 28) -> int:
 def iteration_flop(
     model: amaml.OmniglotCNN, n_way: int, inner_steps: int, meta_batch_size: int
 ) -> int:
-    """Arithmetic of a second-order meta-iteration, 1-shot with one query image a class.
+    """Arithmetic of a second-order meta-iteration, 1-shot with one query image per class.
 
     A backward pass costs two forward passes. Each inner step is a forward and a backward pass over
     the support set, and both are differentiated: 9 forward passes. The query set takes 3.

@@ -1,6 +1,6 @@
 """Measures that need a process of their own: the start, and many runs on two workers.
 
-`python -m benchmarks.processes TASK JSON` is the process; it prints its result as a line of json.
+`python -m benchmarks.processes TASK JSON` is the process; it prints its result as a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 import torch
 
 import amaml
-from amaml.paper.experiments import PROFILES, RUNS_PER_BATCH
 from amaml.paper.records import PROJECT
+from amaml.paper.settings import PROFILES, RUNS_PER_BATCH
 from benchmarks.measures import AMAML, Bench, Rows, amaml_step
 
 N_RUNS, RUN_ITERATIONS, N_WORKERS = 16, 100, 2
@@ -50,7 +50,7 @@ def first_iteration(device: str) -> dict:
 
 
 def run_all(bench: Bench) -> Rows:
-    """16 short runs by `run_all` on two workers, eight to a batch, beside one after another on one
+    """16 short runs by `run_all` on two workers, eight to a batch, and one after another on one
     thread.
     """
     rows = []
@@ -68,7 +68,7 @@ def short_runs(iterations: int) -> list[amaml.RunConfig]:
 
 
 def runs_together(iterations: int) -> dict:
-    """Where the system allows it, on two cores alone: `run_all` starts a worker a core."""
+    """Where the system allows it, on two cores alone: `run_all` starts one worker per core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:N_WORKERS])
     with tempfile.TemporaryDirectory() as folder:

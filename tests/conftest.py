@@ -74,6 +74,7 @@ def small_omniglot(tmp_path, monkeypatch) -> Path:
                     Image.fromarray(~ink).convert("1").save(file, "PNG")
                     name = f"character{character:02d}/{character:04d}_{drawing:02d}.png"
                     archive.writestr(f"{part}/{alphabet}/{name}", file.getvalue())
-    monkeypatch.setattr(omniglot, "OMNIGLOT_PARTS", {"images_background": 2, "images_evaluation": 2})
+    parts = {"images_background": 2, "images_evaluation": 2}
+    monkeypatch.setattr(omniglot, "OMNIGLOT_PARTS", parts)
     monkeypatch.setattr(omniglot, "OMNIGLOT_FINGERPRINT", digest.hexdigest())
     return folder

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from contextlib import redirect_stdout
+from functools import partial
 from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TextIO
 
 import pytest
@@ -155,17 +156,13 @@ def cut_short(monkeypatch, after: int, *names: str) -> None:
     """Let these functions, such as "os.replace", be called so often, and the process end then."""
     calls = count()
 
-    def changed(real):
-        def call(*words, **more):
-            if next(calls) >= after:
-                raise Cut
-            return real(*words, **more)
-
-        return call
+    def call(real, *words, **more):
+        if next(calls) >= after:
+            raise Cut
+        return real(*words, **more)
 
     for name in names:
-        module, _, function = name.rpartition(".")
-        monkeypatch.setattr(name, changed(getattr(sys.modules[module], function)))
+        monkeypatch.setattr(name, partial(call, resolve_name(name)))
 
 
 # Processes are forked from one that has imported what they need, and has no threads.

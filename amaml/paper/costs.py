@@ -18,9 +18,7 @@ from amaml.shapes import Float
 from amaml.tasks import Tasks
 
 
-def maml_step(
-    theta: Theta, alpha: Float[Tensor, ""], beta: float | Tensor, tasks: Tasks
-) -> dict[str, Tensor]:
+def maml_step(theta: Theta, alpha: Float[Tensor, ""], beta: float, tasks: Tasks) -> Theta:
     """Algorithm 1 for `OmniglotCNN`, one inner step, by the passes and in the pieces of
     `amaml.meta_step`, without what Alpha MAML adds to it: the derivative by alpha, the kept
     gradient and the updates of the rates. Returns the next theta."""

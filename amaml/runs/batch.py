@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from amaml.alpha_maml import MetaState, summary
+from amaml.alpha_maml import MetaState, state_metrics, summary
 from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.fast import cuda_graph
 from amaml.inner_loop import mapped
-from amaml.maml import query_metrics
 from amaml.tasks import Tasks
 
 # Iterations between two looks at the numbers, each of which waits for the device. On a CPU every
@@ -57,6 +56,7 @@ class RunBatch:
         shared = ("inner_steps", "first_order", "recompute")
         options = {name: getattr(self.config, name) for name in shared}
         self.step = partial(step, model, loss=loss, **options)
+        self.measure = getattr(step, "query_metrics", state_metrics)
         self.hyper_rates = [
             torch.tensor([getattr(r.config, name) for r in runs], dtype=like.dtype).to(like.device)
             for name in ("hyper_alpha", "hyper_beta")
@@ -101,11 +101,9 @@ class RunBatch:
         """What `evaluate` measures on the runs' validation tasks, (runs, tasks)."""
 
         def measured(state, *batch):
-            tasks, steps = Tasks(*batch), self.config.inner_steps
-            return state, query_metrics(
-                self.model, state.theta, state.alpha, tasks, steps, self.loss
-            )
+            return state, self.measure(self.model, state, Tasks(*batch), steps, self.loss)
 
+        steps = self.config.inner_steps
         return self.map(measured, state, *self.validation)[1]
 
     def map(self, function: Callable, state: MetaState, *tensors: Tensor) -> tuple:

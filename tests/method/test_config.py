@@ -64,7 +64,7 @@ def test_a_config_is_frozen_and_equal_numbers_make_equal_configs():
 @pytest.mark.parametrize(
     ("names", "value", "error", "words"),
     [
-        ("n_way k_shot filters meta_batch_size inner_steps iterations", 0, ValueError, "=0: .*at l"),
+        ("n_way k_shot filters meta_batch_size inner_steps iterations", 0, ValueError, "=0: .*at"),
         ("validation_every validation_tasks k_query", -1, ValueError, "=-1: .*at least 1"),
         ("n_way", 1, ValueError, "n_way=1: .*at least 2"),
         ("n_way seed iterations", 2.0, TypeError, "=2.0: must be a whole number"),

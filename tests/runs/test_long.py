@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_three_thousand_iterations_hold_no_more_than_one_thousand(tmp_path):
     _, metrics, about = store.read_run(folder)
     assert about["status"] == "done" and len(metrics) == CONFIG.iterations
     bytes_per_row = 8 * len(metrics.columns)
-    for size, larger in zip(sizes, sizes[1:], strict=False):
+    for size, larger in pairwise(sizes):
         assert larger - size == pytest.approx(1000 * bytes_per_row, abs=64)  # the header's digits
     assert {path.name for path in folder.iterdir()} == {store.NAME, ".lock"}
 

@@ -1,0 +1,295 @@
+"""Published tables: exact, whole or refused by name, and complete however they were made."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import OWN, SMALL, Cut, cut_short, started
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+import amaml
+from amaml.paper import __main__ as program
+from amaml.paper import claims, experiments, figures, records, settings
+from amaml.runs.parts import run_id
+
+NAME = "figure_9-small.csv.gz"
+ORDER = [f"run{i}" for i in range(100)]
+MAKER = dict.fromkeys(records.TOLD, "abc") | {"versions": {"torch": "2"}, "clean": True}
+
+
+def rows(run: str, value: float = 0.5) -> pd.DataFrame:
+    return pd.DataFrame({"run": run, "iteration": [1, 2], "query_loss": [value, math.inf]})
+
+
+def publish(folder: Path, run: str, value: float = 0.5, order=ORDER) -> pd.DataFrame:
+    finished = SimpleNamespace(id=run, seconds=1.5, maker=MAKER | {"own": "not told"})
+    return records.publish_runs("figure_9", "small", [finished], [rows(run, value)], order, folder)
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, list[dict]]:
+    return records.read_records("figure_9", "small", folder)
+
+
+numbers = st.floats(width=64) | st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 5e-324])
+labels = st.sampled_from(["MAML", "Alpha MAML", "NA", "None", "nan", 'a "quoted", word', "é"])
+ids = st.text("0123456789abcdef", min_size=16, max_size=16)
+tables = st.lists(
+    st.tuples(ids, labels, st.booleans(), st.integers(0, 2**62), numbers, numbers), min_size=1
+)
+
+
+@examples(max_examples=60, deadline=None)
+@given(tables)
+def test_any_table_comes_back_bit_for_bit(content):
+    names = ["run", "method", "rotate", "iteration", "alpha", "query_loss"]
+    table = pd.DataFrame(content, columns=names).astype({"alpha": float, "query_loss": float})
+    with tempfile.TemporaryDirectory() as folder:
+        records.write_records("figure_9", "small", table, [], folder)
+        back, _ = read(folder)
+    assert list(back) == names and back.dtypes.tolist() == table.dtypes.tolist()
+    for name in names[:4]:
+        assert back[name].tolist() == table[name].tolist()
+    for name in names[4:]:  # the bits, but for those of a NaN
+        bits = [np.nan_to_num(t[name].to_numpy(), nan=7.0).tobytes() for t in (back, table)]
+        assert bits[0] == bits[1]
+        assert (back[name].isna() == table[name].isna()).all()
+
+
+def test_records_are_a_table_that_anyone_reads_and_equal_ones_equal_bytes(tmp_path):
+    empty, nobody = read(tmp_path)
+    assert len(empty) == 0 and nobody == []
+    table, path = publish(tmp_path, "run0"), tmp_path / NAME
+    pd.testing.assert_frame_equal(pd.read_csv(path, comment="#"), table)
+    back, made_by = read(tmp_path)
+    pd.testing.assert_frame_equal(back, table, check_exact=True)
+    assert made_by == [MAKER | {"runs": {"run0": 1.5}}]
+    before = path.read_bytes()
+    records.write_records("figure_9", "small", table, made_by, tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("figure", "content", "words"),
+    [
+        ("figure_8", None, r"figure_8-small.csv.gz is damaged \(it is of figure_9, small"),
+        ("figure_9", "run,iteration\na,1\n", "no header: an older layout.*restore it"),
+        ("figure_9", '# {"figure": "figure_9"}\nrun\na\n', "is damaged.*restore it"),
+    ],
+)
+def test_records_of_others_and_of_an_older_layout_are_refused(tmp_path, figure, content, words):
+    publish(tmp_path, "run0")
+    written = (tmp_path / NAME).read_bytes()
+    content = written if content is None else gzip.compress(content.encode())
+    (tmp_path / f"{figure}-small.csv.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        records.read_records(figure, "small", tmp_path)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_publication_that_is_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, after):
+    """At the sync of the file, its rename, the sync of the folder, or not at all."""
+    publish(tmp_path, "run0")
+    with monkeypatch.context() as patch:
+        cut_short(patch, after, "os.fsync", "os.replace")
+        if after < 3:
+            with pytest.raises(Cut):
+                publish(tmp_path, "run1", 0.7)
+        else:
+            publish(tmp_path, "run1", 0.7)
+    table, made_by = read(tmp_path)
+    published = ["run0"] if after < 2 else ["run0", "run1"]
+    assert table["run"].unique().tolist() == list(made_by[0]["runs"]) == published
+    publish(tmp_path, "run1", 0.7)
+    both = pd.concat([rows("run0"), rows("run1", 0.7)], ignore_index=True)
+    pd.testing.assert_frame_equal(read(tmp_path)[0], both)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def publish_some(folder: Path, some: range) -> None:
+    for i in some:
+        publish(folder, f"run{i}", i)
+
+
+def test_processes_that_publish_into_one_file_lose_nothing(tmp_path):
+    running = [started(publish_some, tmp_path, range(start, 12, 3))[0] for start in range(3)]
+    for process in running:
+        process.join()
+    table, made_by = read(tmp_path)
+    expected = pd.concat([rows(f"run{i}", i) for i in range(12)], ignore_index=True)
+    pd.testing.assert_frame_equal(table, expected)
+    assert len(made_by) == 1 and made_by[0]["runs"] == {f"run{i}": 1.5 for i in range(12)}
+
+
+def test_publishing_again_replaces_a_run_drops_strangers_and_keeps_the_order(tmp_path):
+    for run in ("run2", "stranger", "run0"):
+        publish(tmp_path, run, order=[*ORDER, "stranger"])
+    table = publish(tmp_path, "run2", 0.9)
+    expected = pd.concat([rows("run0"), rows("run2", 0.9)], ignore_index=True)
+    pd.testing.assert_frame_equal(table, expected)
+    table, made_by = read(tmp_path)
+    pd.testing.assert_frame_equal(table, expected)
+    assert [list(batch["runs"]) for batch in made_by] == [["run0", "run2"]]
+
+
+def test_fewer_rows_keep_the_ends_the_spacing_and_the_validations():
+    metrics = pd.DataFrame({"iteration": range(1, 1202)})
+    metrics["validation_loss"] = (metrics["iteration"] % 10 == 0).replace(False, np.nan)
+    fewer = records.subsample(metrics, 500)["iteration"]
+    assert 400 < len(fewer) <= 500 and fewer.iloc[0] == 1 and fewer.iloc[-1] == 1201
+    assert set(range(10, 1201, 10)) <= set(fewer) and set(range(3, 1201, 3)) <= set(fewer)
+    assert len(records.subsample(metrics[:300], 500)) == 300
+
+
+def test_final_validation_by_hand():
+    table = pd.DataFrame({
+        "run": ["a"] * 4 + ["b"] * 2,
+        "status": ["done"] * 4 + ["diverged"] * 2,
+        "iteration": [1, 100, 101, 200, 1, 2],
+        "validation_loss": [9.0, 5.0, 1.0, 2.0, 0.5, np.nan],
+        "validation_accuracy": [0.1, 0.2, 0.3, 0.5, 0.2, np.nan],
+        "alpha": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "beta": [0.1] * 6,
+    })  # fmt: skip
+    final = records.final_validation(table)
+    names = ["validation_loss", "validation_accuracy", "alpha"]
+    assert final.loc["a", names].tolist() == [1.5, 0.4, 4.0]
+    assert final.loc["b", "validation_loss"] == math.inf
+
+
+@pytest.fixture
+def figure_1(tmp_path, monkeypatch):
+    """Figure 1 at a size that takes seconds, made in this process, its records in `tmp_path`."""
+    small = {name: SMALL[name] for name in ("data", "filters", "meta_batch_size", "n_way")}
+    small |= {"iterations": 12, "validation_every": 4, "validation_tasks": 3}
+    for profile in ("quick", "paper"):
+        monkeypatch.setitem(experiments.PROFILES, profile, small)
+        monkeypatch.setitem(settings.FIGURE_1_SEEDS, profile, (0, 1))
+
+    def make(profile: str = "quick", figure: str = "figure_1", **more) -> pd.DataFrame:
+        places = {"out": tmp_path / "runs", "folder": tmp_path, "progress": False, "minutes": 60}
+        return records.figure_records(figure, profile, **places | more)
+
+    return make
+
+
+def test_a_figure_trains_what_is_missing_and_is_drawn_from_its_records(
+    figure_1, tmp_path, monkeypatch
+):
+    table = figure_1(minutes=None)
+    planned = [run.config.id for run in experiments.runs_of("figure_1", "quick")]
+    assert table["run"].unique().tolist() == planned and len(planned) == 12
+    assert table.groupby("case")["method"].nunique().tolist() == [2, 2, 2]
+    back, made_by = records.read_records("figure_1", "quick", tmp_path)
+    pd.testing.assert_frame_equal(back, table)
+    assert [set(batch["runs"]) for batch in made_by] == [set(planned)]
+    assert all(seconds > 0 for seconds in made_by[0]["runs"].values())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "run_all", lambda *a, **k: pytest.fail("trained again"))
+        pd.testing.assert_frame_equal(figure_1(), table)
+    lost = table[table["run"] != planned[3]]
+    records.write_records("figure_1", "quick", lost, made_by, tmp_path)
+    pd.testing.assert_frame_equal(figure_1(), table)  # however the runs finished
+
+    figure = figures.figure_1(table)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert [title.split("\n")[0] for title in titles] == ["good", "too small", "too large"]
+    line = figure.axes[0].lines[0]  # alpha, good case, MAML: constant
+    assert line.get_ydata() == pytest.approx(0.4)
+
+
+def test_runs_of_registered_parts_are_published_what_fails_is_told_and_all_can_be_made_again(
+    figure_1, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(experiments.PARTS, "lines", {k: OWN[k] for k in OWN if k != "name"})
+    config, bad = (amaml.RunConfig(**SMALL | {"n_way": n}, iterations=4) for n in (3, 999))
+    planned = [
+        experiments.PlannedRun({"method": "own"}, config, "lines"),
+        experiments.PlannedRun({"method": "usual"}, config),
+        experiments.PlannedRun({"method": "usual"}, bad),
+    ]
+    monkeypatch.setitem(experiments.FIGURES, "figure_9", lambda figure, profile: planned)
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
+        figure_1(figure="figure_9")
+    planned.pop()
+    table = figure_1(figure="figure_9")
+    ids = {"own": run_id(config, "lines"), "usual": config.id}
+    assert table.groupby("method")["run"].unique().explode().to_dict() == ids
+    again = figure_1(figure="figure_9", retrain=True, out=tmp_path / "other")
+    assert {path.name for path in (tmp_path / "other").iterdir()} == set(ids.values())
+    pd.testing.assert_frame_equal(again, table, rtol=1e-4)
+
+
+def test_a_profile_for_a_gpu_is_not_begun_on_a_cpu_by_itself(figure_1):
+    with pytest.raises(RuntimeError, match=r"12 of the 12 runs.*--device cuda"):
+        figure_1("paper", minutes=None)
+
+
+def test_a_figure_of_the_paper_profile_is_made_piece_by_piece(
+    figure_1, tmp_path, monkeypatch, capsys
+):
+    undisturbed = figure_1("paper", out=tmp_path / "once", folder=tmp_path / "once")
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))  # a second a look at it
+    command = ["--figure", "figure_1", "--profile", "paper", "--minutes", "0.03"]
+    command += ["--out", str(tmp_path / "runs"), "--records", str(tmp_path)]
+    published = []
+    while not published or published[-1] < 12:
+        program.main(command)
+        table, _ = records.read_records("figure_1", "paper", tmp_path)
+        published.append(table["run"].nunique())
+        assert f"{published[-1]} of 12 runs published" in capsys.readouterr().out
+        assert len(published) < 20
+    assert published[0] == 0 and len(published) > 2
+    columns = ["run", "iteration", "query_loss", "alpha", "beta", "validation_loss", "status"]
+    pd.testing.assert_frame_equal(table[columns], undisturbed[columns], rtol=1e-4)
+    pd.testing.assert_frame_equal(figure_1("paper", minutes=None), table)  # none is missing
+
+
+def test_pieces_need_neither_dask_nor_what_draws(tmp_path):
+    words = f"""
+import sys
+for name in ("dask", "distributed", "matplotlib", "seaborn", "torchvision", "PIL", "papermill"):
+    sys.modules[name] = None  # importing it is an error
+from amaml.paper import __main__, experiments
+experiments.PROFILES["paper"] = experiments.PROFILES["quick"] | dict(filters=2, iterations=2)
+options = ["--figure", "figure_1", "--profile", "paper", "--minutes", "5"]
+__main__.main([*options, "--out", {str(tmp_path / "runs")!r}, "--records", {str(tmp_path)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert "30 of 30 runs published" in done.stdout, done.stderr
+
+
+def test_an_unknown_profile_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--figure", "figure_1", "--profile", "huge"])
+    assert "invalid choice: 'huge'" in capsys.readouterr().err
+
+
+def test_the_accuracy_after_a_whole_training_is_measured_and_told(figure_1, monkeypatch):
+    monkeypatch.setitem(settings.SIZES["accuracy"], "paper", (2, 3, 2, (0, 1)))
+    monkeypatch.setitem(settings.TEST_TASKS, "paper", 8)
+    table = figure_1("paper", "accuracy")
+    told = claims.accuracies(table).reset_index()
+    assert len(told) == 6 and (told["seeds"] == 2).all() and (told["test_tasks"] == 8).all()
+    ends = table.dropna(subset="test_accuracy").groupby(["method", "meta_optimizer", "case"])
+    row = told.set_index(["method", "meta_optimizer", "case"]).loc[("MAML", "adam", "published")]
+    accuracy, ci95 = (
+        100 * ends.get_group(row.name)[name] for name in ("test_accuracy", "test_accuracy_ci95")
+    )
+    assert row["accuracy"] == pytest.approx(accuracy.sum() / 2)
+    assert (row["lowest"], row["highest"]) == (accuracy.min(), accuracy.max())
+    assert row["ci95"] == pytest.approx(math.hypot(*ci95) / 2)
