@@ -11,15 +11,19 @@ import torch
 from torch.quasirandom import SobolEngine
 
 from amaml.config import RunConfig
-from amaml.paper import settings
+from amaml.paper import rivals, settings
 from amaml.paper.settings import HYPER_RATE, PROFILES, Pair
 
 MAML: Pair = (0.0, 0.0)  # its hyper rates
 ALPHA_MAML: Pair = (HYPER_RATE, HYPER_RATE)
 
 # What a run takes that is not amaml's own: the arguments of `train` (model, sampler, loss, step) by
-# the name in PlannedRun.parts, which is also the run's name. Nothing is registered yet.
-PARTS: dict[str, dict] = {}
+# the name in PlannedRun.parts, which is also the run's name
+PARTS: dict[str, dict] = {
+    "frozen": {"step": rivals.FrozenRates()},
+    "Meta-SGD": {"step": rivals.LearnedRates(per_element=True)},
+    "LSLR": {"step": rivals.LearnedRates(per_element=False)},
+}
 
 
 class PlannedRun(NamedTuple):
@@ -30,12 +34,14 @@ class PlannedRun(NamedTuple):
     parts: str = ""  # the name in PARTS of what it is made with; "": amaml's own
 
 
-def planned(profile: str, start: Pair, hyper_rates: Pair, labels: dict, **fields) -> PlannedRun:
-    """One run of a profile from (alpha, beta); hyper rates of 0 are MAML."""
+def planned(
+    profile: str, start: Pair, hyper_rates: Pair, labels: dict, parts: str = "", **fields
+) -> PlannedRun:
+    """One run of a profile from (alpha, beta); hyper rates of 0 are MAML, or a rival in PARTS."""
     names = ("alpha", "beta", "hyper_alpha", "hyper_beta")
     rates = dict(zip(names, (*start, *hyper_rates), strict=True))
-    method = {"method": "Alpha MAML" if any(hyper_rates) else "MAML"}
-    return PlannedRun(labels | method, RunConfig(**PROFILES[profile] | rates | fields))
+    method = {"method": "Alpha MAML" if any(hyper_rates) else parts or "MAML"}
+    return PlannedRun(method | labels, RunConfig(**PROFILES[profile] | rates | fields), parts)
 
 
 def fields_and_seeds(figure: str, profile: str) -> tuple[dict, tuple[int, ...]]:
@@ -164,27 +170,35 @@ def random_starts(figure: str, profile: str) -> list[PlannedRun]:
     drawn = log_uniform(last, 1, settings.DRAWN_HYPER_RATES, settings.DRAWN_HYPER_RATES)
     nudged = [(alpha * (1 + 1e-6), beta) for alpha, beta in sgd]
     lines = (
-        ("plain", sgd, [MAML] * last),
-        ("h = 0.001", sgd, [(1e-3, 1e-3)] * last),
-        ("h drawn", sgd, drawn),
-        ("null", nudged, [MAML] * last),
-        ("h = 0.01", sgd, [(1e-2, 1e-2)] * last),
-        ("h = 0.0001", sgd, [(1e-4, 1e-4)] * last),
-        ("h = 0.1", sgd, [(0.1, 0.1)] * last),
-        ("alpha alone", sgd, [(HYPER_RATE, 0.0)] * last),
-        ("beta alone", sgd, [(0.0, HYPER_RATE)] * last),
-        ("Adam", adam, [MAML] * last),
-        ("Adam", adam, [settings.ADAM_HYPER_RATES] * last),
+        ("plain", sgd, [MAML] * last, ""),
+        ("h = 0.001", sgd, [(1e-3, 1e-3)] * last, ""),
+        ("h drawn", sgd, drawn, ""),
+        ("null", nudged, [MAML] * last, ""),
+        ("h = 0.01", sgd, [(1e-2, 1e-2)] * last, ""),
+        ("h = 0.0001", sgd, [(1e-4, 1e-4)] * last, ""),
+        ("h = 0.1", sgd, [(0.1, 0.1)] * last, ""),
+        ("alpha alone", sgd, [(HYPER_RATE, 0.0)] * last, ""),
+        ("beta alone", sgd, [(0.0, HYPER_RATE)] * last, ""),
+        ("Adam", adam, [MAML] * last, ""),
+        ("Adam", adam, [settings.ADAM_HYPER_RATES] * last, ""),
+        # With plain descent a scalar alpha that the meta-optimiser learns is this
+        ("learned alpha", sgd, [(beta, 0.0) for _, beta in sgd], ""),
+        ("frozen", sgd, [ALPHA_MAML] * last, "frozen"),
+        ("Meta-SGD", sgd, [MAML] * last, "Meta-SGD"),
+        ("LSLR", sgd, [MAML] * last, "LSLR"),
     )
     main = [line for line in lines if line[0] in settings.MAIN_VARIANTS]
     fields, _ = fields_and_seeds(figure, profile)
     runs = []
     for numbers, of_lines in ((range(first), lines), (range(first, last), main)):
-        for (variant, starts, hyper_rates), i in product(of_lines, numbers):
+        for (variant, starts, hyper_rates, parts), i in product(of_lines, numbers):
             labels = {"variant": variant, "start": i}
+            labels |= {"method": variant} if variant == "learned alpha" else {}
+            if variant in settings.SLOW_VARIANTS and i >= settings.N_SLOW_STARTS[profile]:
+                continue
             own = fields | {"seed": settings.FIRST_SEED + i}
             own["meta_optimizer"] = "adam" if starts is adam else "sgd"
-            runs.append(planned(profile, starts[i], hyper_rates[i], labels, **own))
+            runs.append(planned(profile, starts[i], hyper_rates[i], labels, parts, **own))
     return runs
 
 

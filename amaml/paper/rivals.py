@@ -23,14 +23,6 @@ from amaml.tasks import Tasks
 FROZEN_AFTER = 10  # iterations
 
 
-def learned_alpha(model, state: MetaState, tasks: Tasks, *, hyper_alpha, hyper_beta, **options):
-    """One alpha, learned by the meta-optimiser along with theta, at the rate beta.
-
-    With plain gradient descent that is Alpha MAML with h_alpha = beta and h_beta = 0.
-    """
-    return meta_step(model, state, tasks, hyper_alpha=state.beta, hyper_beta=0.0, **options)
-
-
 class FrozenRates:
     """Alpha MAML whose rates stay as they are after the first iterations."""
 

@@ -129,3 +129,5 @@ DRAWN_HYPER_RATES = (1e-5, 1.0)
 FIRST_SEED = 1000  # of the starts: apart from those that hyper rates were chosen by
 N_STARTS = {"quick": (12, 12), "medium": (128, 256), "paper": (256, 1024)}  # of all, of the main
 MAIN_VARIANTS = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")
+SLOW_VARIANTS = ("Meta-SGD", "LSLR")  # without the fast passes
+N_SLOW_STARTS = {"quick": 4, "medium": 64, "paper": 256}

@@ -64,10 +64,8 @@ def crosses(figure, *axes) -> list[tuple]:
     """Colour and end of each line that ends in a cross; only what can be seen."""
     figure.canvas.draw()
     lines = [line for axis in axes for line in axis.lines if line.get_marker() == "x"]
-    ends = [
-        (to_hex(line.get_color()).upper(), *xy) for line in lines for xy in line.get_xydata()[-1:]
-    ]
-    return sorted(ends)
+    seen = [line for line in lines if len(line.get_xydata())]
+    return sorted((to_hex(line.get_color()).upper(), *line.get_xydata()[-1]) for line in seen)
 
 
 def test_figure_1_marks_each_run_that_diverged(table):

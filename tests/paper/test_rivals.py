@@ -8,10 +8,9 @@ from helpers import SMALL, batches, leaves, omniglot_forward, relative_error, sm
 from torch.nn import functional as F
 
 import amaml
-from amaml.paper.rivals import FROZEN_AFTER, FrozenRates, LearnedRates, learned_alpha
+from amaml.paper.rivals import FROZEN_AFTER, FrozenRates, LearnedRates
 
 ALPHA, BETA = 0.3, 0.2
-CONFIG = {"hyper_alpha": 0.0, "hyper_beta": 0.0}
 
 
 def mean_query_loss(theta, rates, tasks):
@@ -28,12 +27,12 @@ def mean_query_loss(theta, rates, tasks):
     return torch.stack(losses).mean()
 
 
-def test_a_learned_alpha_goes_down_the_same_gradient_as_theta():
+def test_alpha_maml_with_the_hyper_rates_beta_and_zero_learns_alpha_by_the_meta_optimiser():
     model = small_model()
     state = amaml.init_state(model, ALPHA, BETA)
     theta, alpha = leaves(state.theta), torch.tensor(ALPHA, dtype=torch.float64).requires_grad_()
     for tasks in batches(3):
-        state, _ = learned_alpha(model, state, tasks, **CONFIG)
+        state, _ = amaml.meta_step(model, state, tasks, hyper_alpha=BETA)
         loss = mean_query_loss(theta, [dict.fromkeys(theta, alpha)], tasks)
         *gradient, d_alpha = torch.autograd.grad(loss, [*theta.values(), alpha])
         theta = leaves({n: p - BETA * g for (n, p), g in zip(theta.items(), gradient, strict=True)})

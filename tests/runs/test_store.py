@@ -11,6 +11,7 @@ import resource
 import signal
 import stat
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,10 +125,8 @@ def fill_the_disk(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     for n in (10, 10_000):
         table = pd.DataFrame({"run": "a", "query_loss": np.random.default_rng(0).random(n)})
-        for write_one in (
-            lambda: write(folder, n),
-            lambda: records.write_records("figure_9", "small", table, [], folder),
-        ):
+        write_records = partial(records.write_records, "figure_9", "small", table, [], folder)
+        for write_one in (partial(write, folder, n), write_records):
             try:
                 write_one()
             except OSError as error:
