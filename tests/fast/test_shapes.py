@@ -46,16 +46,12 @@ def test_true_calls_pass_and_false_ones_are_refused():
 
 def true_calls() -> None:
     characters = amaml.load_glyphs()
-    for sizes, dtype in (
-        ((5, 1), torch.float32),
-        ((20, 1), torch.float32),
-        ((3, 2), torch.float64),
-    ):
-        sampler = amaml.TaskSampler(characters, *sizes)
-        tasks = sampler.sample(3, torch.Generator().manual_seed(0)).to(dtype=dtype)
-        own = nn.Sequential(nn.Flatten(), nn.Linear(784, sizes[0]))
-        for model in (amaml.OmniglotCNN(sizes[0], filters=4), own):
-            of_one_setting(model.to(dtype), tasks)
+    for n_way, k_shot, dtype in ((5, 1, "float32"), (20, 1, "float32"), (3, 2, "float64")):
+        sampler = amaml.TaskSampler(characters, n_way, k_shot)
+        tasks = sampler.sample(3, torch.Generator().manual_seed(0)).to(dtype=getattr(torch, dtype))
+        own = nn.Sequential(nn.Flatten(), nn.Linear(784, n_way))
+        for model in (amaml.OmniglotCNN(n_way, filters=4), own):
+            of_one_setting(model.to(tasks.support_x.dtype), tasks)
     config = amaml.RunConfig(**SMALL | {"iterations": 3, "validation_every": 2, "test_tasks": 4})
     with tempfile.TemporaryDirectory() as folder:
         amaml.train(config, folder, progress=False)
@@ -73,9 +69,8 @@ def of_one_setting(model: nn.Module, tasks: amaml.Tasks) -> None:
         for options in ({}, {"inner_steps": 3}, {"first_order": True}, {"recompute": True}):
             step = partial(amaml.meta_step, model, hyper_beta=0.1, loss=loss, **options)
             step(state, tasks)
-            vmap(lambda a, step=step: step(state._replace(alpha=a), tasks))(
-                torch.rand(2).to(state.alpha)
-            )
+            alphas = torch.stack([state.alpha] * 2)
+            vmap(lambda alpha, step=step: step(state._replace(alpha=alpha), tasks))(alphas)
 
 
 def false_calls() -> None:
