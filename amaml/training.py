@@ -137,35 +137,39 @@ def train_together(
         for config, network in networks.items()
     }
 
-    def read() -> dict[RunConfig, Run]:
-        """The runs that are finished."""
-        saved = {c: read_own(folders[c], abouts[c], where) for c in configs}
+    def read(some: list[RunConfig], read: bool = True) -> dict[RunConfig, Run]:
+        """Those of the runs that are finished."""
+        saved = {c: read_own(folders[c], abouts[c], where) for c in some}
         return {
-            c: as_run(c, folders[c], s)
+            c: replace(as_run(c, folders[c], s), read=read)
             for c, s in saved.items()
             if s is not None and s[2]["status"] != "running"
         }
 
-    finished = read()
+    finished = read(configs)
     missing = [config for config in configs if config not in finished]
-    for config in finished if progress else ():
-        print(f"{folders[config]} is finished: read, not made again", flush=True)
-    if not missing:
-        return [replace(run, read=True) for run in finished.values()]
-    if where.type == "cpu":
-        keep_freed_memory()
-    samplers = samplers_of(missing[0], made_of, root, where)
+    samplers = samplers_of(configs[0], made_of, root, where) if missing else None
     with ExitStack() as locks:
         for folder in sorted(folders[config] for config in missing):  # in one order: no deadlock
             locks.enter_context(store.lock(folder))
-        running = [
-            begin(c, folders[c], abouts[c], networks[c].to(where), samplers, step, where, parent)
-            for c in missing
-        ]
-        structure = networks[missing[0]]  # each run has parameters of its own
-        advance_all(running, structure, samplers, made_of, checkpoint_every, deadline, progress)
-    finished = {config: replace(run, read=True) for config, run in finished.items()}
-    return list((read() | finished).values())
+        finished |= read(missing)  # another process may have made them meanwhile
+        missing = [config for config in missing if config not in finished]
+        for config in finished if progress else ():
+            print(f"{folders[config]} is finished: read, not made again", flush=True)
+        if missing:
+            if where.type == "cpu":
+                keep_freed_memory()
+            samplers = samplers_of(missing[0], made_of, root, where)
+            running = [
+                begin(
+                    c, folders[c], abouts[c], networks[c].to(where), samplers, step, where, parent
+                )
+                for c in missing
+            ]
+            structure = networks[missing[0]]  # each run has parameters of its own
+            advance_all(running, structure, samplers, made_of, checkpoint_every, deadline, progress)
+    finished |= read(missing, read=False)
+    return [finished[config] for config in configs if config in finished]
 
 
 def advance_all(runs, model, samplers, parts, checkpoint_every, deadline, progress) -> None:

@@ -64,8 +64,8 @@ class RunBatch:
         # Runs of one seed see the same tasks: these are drawn once, by the first of them.
         first = {run.config.seed: run for run in reversed(runs)}
         self.drawing = list(first.values())
-        place = [list(first).index(run.config.seed) for run in runs]
-        self.place = torch.tensor(place, device=like.device)
+        self.drawn_by = [list(first).index(run.config.seed) for run in runs]
+        self.place = torch.tensor(self.drawn_by, device=like.device)
         self.validation = stacked([run.validation for run in runs])
         self.names: list[str] = []  # of the metrics
         self.iterate: Callable = self.iterate_once
@@ -138,7 +138,9 @@ def advance(batch: RunBatch, checkpoint_every: int, ahead: Sequence[int] = ()) -
         if iteration % config.validation_every == 0 or iteration == config.iterations:
             validated[iteration] = batch.validate(state)
             if config.threshold is not None and iteration < stop:  # a run may have ended here
-                states[iteration] = tree_map(torch.clone, state)
+                drawn = [run.generator.get_state() for run in batch.drawing]
+                states[iteration] = tree_map(torch.clone, state), drawn
+    drawn = [run.generator.get_state() for run in batch.drawing]
     numbers = torch.stack(values).cpu().double().numpy()
     measured = tree_map(lambda value: value.cpu(), validated)
     for i, run in enumerate(runs):
@@ -149,11 +151,9 @@ def advance(batch: RunBatch, checkpoint_every: int, ahead: Sequence[int] = ()) -
         rows, run.status = to_rows(batch.names, numbers[:, i], start + 1, of_run, config)
         run.metrics = pd.concat([run.metrics, rows], ignore_index=True) if start else rows
         run.iteration = int(rows["iteration"].iloc[-1])
-        run.state = batch.state_of(i, states.get(run.iteration, state))
-    for run in runs:
-        drawing = next(r for r in batch.drawing if r.config.seed == run.config.seed)
-        if run is not drawing:
-            run.generator.set_state(drawing.generator.get_state())
+        at, generators = states.get(run.iteration, (state, drawn))
+        run.state = batch.state_of(i, at)
+        run.generator.set_state(generators[batch.drawn_by[i]])
         run.seconds += (time.perf_counter() - started) / len(runs)
 
 

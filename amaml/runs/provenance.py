@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def environment(device="cpu") -> dict:
     }
 
 
+@cache
 def source_commit() -> dict:
     """The commit of the source and whether it is clean; None where git does not track it.
 

@@ -111,16 +111,16 @@ def lock(folder: str | Path) -> Iterator[None]:
     """Keep a folder, made where it is missing, to this process: another one waits, and says so."""
     folder = Path(folder)
     held = FileLock(folder / ".lock")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             held.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that works in {folder}", flush=True)
-            held.acquire()
-        except NotImplementedError:
-            what = f"{folder} cannot be locked: let no two processes work in it at a time"
-            warnings.warn(what, stacklevel=3)
+    except Timeout:
+        print(f"waiting for another process that works in {folder}", flush=True)
+        held.acquire()
+    except NotImplementedError:
+        what = f"{folder} cannot be locked: let no two processes work in it at a time"
+        warnings.warn(what, stacklevel=3)
     try:
         yield
     finally:
@@ -132,6 +132,8 @@ def writing(path: Path) -> Iterator[None]:
     """Say which file cannot be written, and what to do."""
     try:
         yield
+    except Timeout:
+        raise
     except OSError as error:
         what = f"cannot be written ({error.strerror}); make room there, or give another out"
         raise OSError(error.errno, f"{what} (or folder) that can be written", str(path)) from error

@@ -30,18 +30,28 @@ def written(out, configs, **more) -> list[tuple]:
     return [bits(out / run.id) for run in train_together(configs, out, **more)]
 
 
+def seldom(batch, checkpoint_every) -> int:
+    """As on a GPU: past several validations."""
+    return min((batch.runs[0].iteration // 10 + 1) * 10, batch.config.iterations)
+
+
 @pytest.mark.parametrize("threshold", [None, 1.0])
 def test_runs_that_are_looked_at_seldom_end_where_they_should(tmp_path, monkeypatch, threshold):
-    def seldom(batch, checkpoint_every):
-        """As on a GPU: past several validations."""
-        return min((batch.runs[0].iteration // 10 + 1) * 10, batch.config.iterations)
-
     configs = [replace(config, threshold=threshold, alpha=0.3) for config in VARIED]
     often = written(tmp_path / "often", configs)
     monkeypatch.setattr(batch, "next_look", seldom)
     assert written(tmp_path / "seldom", configs) == often
     if threshold is not None:  # within a look, at a validation that is not its end
         assert any(told["status"] == "reached" and told["iteration"] % 10 for told, *_ in often)
+
+
+def test_a_run_that_ended_within_a_look_goes_on_as_the_whole_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "next_look", seldom)
+    whole = amaml.train(CONFIG, tmp_path, progress=False)
+    short = amaml.train(replace(CONFIG, threshold=9.0), tmp_path, progress=False)
+    assert (short.status, short.iteration) == ("reached", 4)
+    run = amaml.train(CONFIG, tmp_path, start=short, progress=False)
+    assert run.id != whole.id and run.metrics.equals(whole.metrics)
 
 
 def test_runs_that_a_kill_left_apart_go_on_together(tmp_path, monkeypatch):
@@ -63,35 +73,26 @@ def test_runs_of_other_shapes_are_not_made_together(tmp_path):
             train_together(configs, tmp_path)
 
 
-class Replays:
-    """Stands for a CUDA graph on the CPU: does the captured work again, on the same tensors."""
-
-    def __init__(self):
-        self.captured = self.replays = 0
-
-    def __call__(self, work, generators):
-        self.captured += 1
-        work()  # a capture computes nothing that counts, so what this does must not either
-
-        def replay():
-            self.replays += 1
-            work()
-
-        return replay
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_replayed_iterations_are_the_iterations(tmp_path, monkeypatch, optimizer):
+    captured, replays = [], []
+
+    def capture(work, generators):
+        """Stands for a CUDA graph on the CPU: does the captured work again, on the same tensors."""
+        captured.append(work)
+        work()  # a capture computes nothing that counts, so what this does must not either
+        return lambda: replays.append(work())
+
     configs = [replace(config, meta_optimizer=optimizer) for config in VARIED]
     plain = written(tmp_path / "plain", configs)
-    monkeypatch.setitem(cuda_graph.CAPTURES, "cpu", replays := Replays())
+    monkeypatch.setitem(cuda_graph.CAPTURES, "cpu", capture)
     assert written(tmp_path / "many", configs) == plain
-    assert replays.captured == 2  # once more when one of the runs has diverged
+    assert len(captured) == 2  # once more when one of the runs has diverged
     assert written(tmp_path / "one", configs[1:2]) == plain[1:2]
-    assert replays.replays >= 2 * CONFIG.iterations
+    assert len(replays) >= 2 * CONFIG.iterations
     monkeypatch.setenv("AMAML_CUDA_GRAPHS", "0")
     assert written(tmp_path / "without", configs[1:2]) == plain[1:2]
-    assert replays.captured == 3
+    assert len(captured) == 3
 
 
 def test_a_replay_that_gives_other_numbers_is_refused(tmp_path, monkeypatch):

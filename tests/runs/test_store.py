@@ -9,7 +9,6 @@ import math
 import os
 import resource
 import signal
-import stat
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -104,20 +103,16 @@ def test_what_a_name_stands_for_is_on_the_disk_first(tmp_path, monkeypatch):
     """The content, then the name, then the folder that holds the name."""
     steps = []
 
-    def sync(handle, real=os.fsync):
-        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
-        steps.append("folder" if is_folder else f"content of {os.fstat(handle).st_size} bytes")
-        real(handle)
+    def noted(real, *words):
+        steps.append(os.fstat(words[0]).st_ino if real is sync else [Path(w).name for w in words])
+        real(*words)
 
-    def replace(source, target, real=os.replace):
-        steps.append(f"{Path(source).name} as {Path(target).name}")
-        real(source, target)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
-    size = write(tmp_path).stat().st_size
-    name = "run.safetensors.part as run.safetensors"
-    assert steps == [f"content of {size} bytes", name, "folder"]
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", partial(noted, sync))
+    monkeypatch.setattr(os, "replace", partial(noted, replace))
+    path = write(tmp_path)
+    content, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert steps == [content, [f"{store.NAME}.part", store.NAME], folder]
 
 
 def fill_the_disk(folder: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-import torch
 from helpers import OWN, SMALL, bits
 
 import amaml
@@ -93,11 +92,8 @@ def test_minutes_that_are_over_leave_checkpoints_to_go_on_from(tmp_path):
     pd.testing.assert_frame_equal(tables[-1], whole, check_exact=True)
 
 
-def test_wrong_minutes_and_devices_are_refused_by_name(tmp_path):
-    for minutes in (-1, float("nan")):
-        with pytest.raises(ValueError, match=f"minutes={minutes}.*at least 0"):
-            run_all(CONFIGS, tmp_path, minutes=minutes)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda'"):
-            run_all(CONFIGS, tmp_path, device="cuda")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("minutes", [-1, float("nan")])
+def test_wrong_minutes_are_refused_by_name(tmp_path, minutes):
+    with pytest.raises(ValueError, match=f"minutes={minutes}.*at least 0"):
+        run_all(CONFIGS, tmp_path, minutes=minutes)
+    assert not any(tmp_path.iterdir())
