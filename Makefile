@@ -73,7 +73,7 @@ test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, th
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q -rs \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs \
 		--cov=amaml --cov-report=term --cov-fail-under=95 --ignore tests/book/test_pairs.py tests
 	$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-kernel-startup-timeout=120 \
 		-p no:cacheprovider book

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -28,7 +29,6 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 
-pytestmark = pytest.mark.xdist_group("pages")  # one worker, so that the book is built once
 needs_chromium = pytest.mark.skipif(
     not CHROMIUM, reason="there is no Chromium to look at the pages with: apt-get install chromium"
 )
@@ -48,10 +48,13 @@ def build(source: Path, out: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """The folder of the built pages."""
-    out = tmp_path_factory.mktemp("pages")
-    done = build(ROOT, out)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """The folder of the built pages; of several workers the first builds them, the others wait."""
+    place = tmp_path_factory.getbasetemp()
+    out = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "pages"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            done = build(ROOT, out)
+            assert done.returncode == 0, done.stdout + done.stderr
     return out / "_build" / "html"
 
 

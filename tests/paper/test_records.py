@@ -22,6 +22,7 @@ import amaml
 from amaml.paper import __main__ as program
 from amaml.paper import claims, experiments, figures, records, settings
 from amaml.runs.parts import run_id
+from amaml.runs.store import lock
 
 NAME = "figure_9-small.csv.gz"
 ORDER = [f"run{i}" for i in range(100)]
@@ -115,9 +116,12 @@ def publish_some(folder: Path, some: range) -> None:
 
 
 def test_processes_that_publish_into_one_file_lose_nothing(tmp_path):
-    running = [started(publish_some, tmp_path, range(start, 12, 3)) for start in range(3)]
+    waiting = f"waiting for another process that works in {tmp_path}\n"
+    with lock(tmp_path):  # so that all of them begin at once
+        running = [started(publish_some, tmp_path, range(start, 12, 3)) for start in range(3)]
+        assert [said.readline() for _, said in running] == 3 * [waiting]
     for process, said in running:
-        assert set(said) <= {f"waiting for another process that works in {tmp_path}\n"}
+        assert set(said) <= {waiting}
         process.join()
     table, made_by = read(tmp_path)
     expected = pd.concat([rows(f"run{i}", i) for i in range(12)], ignore_index=True)
