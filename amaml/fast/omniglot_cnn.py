@@ -39,7 +39,8 @@ def prepare(x: Float[Tensor, "tasks n 1 height width"]) -> Images:
     tasks, n, _, height, width = x.shape
     rows = patches(x.reshape(tasks, n, height, width, 1))
     rows = rows - rows.mean(1, keepdim=True)
-    exact = rows.double()  # a rounding error here would be in all that follows
+    # A rounding error here would be in all that follows; Apple's MPS has no float64.
+    exact = rows if x.device.type == "mps" else rows.double()
     moments = (torch.bmm(exact.mT, exact) / rows.shape[1]).to(x)
     return Images(rows, moments, (tasks, n, -(-height // 2), -(-width // 2)))
 

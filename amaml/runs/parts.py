@@ -6,6 +6,8 @@ import hashlib
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,12 +74,17 @@ def run_id(config: RunConfig, name: str = "", start: str = "") -> str:
 
 
 def described(own: dict[str, Any], network: nn.Module) -> dict[str, str]:
-    """What parts of one's own are compared by: names of classes and functions; the network's text
-    and a hash of its initial parameters."""
+    """What parts of one's own are compared by: names of classes and functions, what a dataclass or
+    a partial holds; the network's text and a hash of its initial parameters."""
     described = {}
     for kind, part in own.items():
-        of = part if hasattr(part, "__qualname__") else type(part)
+        function = part.func if isinstance(part, partial) else part
+        of = function if hasattr(function, "__qualname__") else type(function)
         described[kind] = f"{of.__module__}.{of.__qualname__}"
+        if isinstance(part, partial):
+            described[kind] += f" {part.args} {part.keywords}"
+        elif is_dataclass(part):
+            described[kind] += f" {part}"
     if "model" in own:
         digest = hashlib.sha256()
         for key, value in network.state_dict(keep_vars=True).items():

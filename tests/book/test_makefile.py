@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "AMAML_DATA"} | environment
+    outer = ("AMAML_DATA", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that runs the tests
+    environment = {k: v for k, v in os.environ.items() if k not in outer} | environment
     command = ["make", "--eval=data: ; @printenv AMAML_DATA", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -7,6 +7,9 @@ wanted longer; a run's end that no function reads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +91,22 @@ def test_other_parts_under_the_same_name_are_refused_by_name(tmp_path, changed, 
     with pytest.raises(ValueError, match=f"made with another {part} than the one given"):
         train(tmp_path, **changed)
     assert train(tmp_path, name="other", **changed).status == "done"
+
+
+def test_what_a_dataclass_or_a_partial_holds_counts(tmp_path):
+    @dataclass(frozen=True)
+    class Noisy(Lines):
+        amplitude: float = 1.0
+
+    def power(prediction, y, exponent):
+        return (prediction - y).abs().pow(exponent).mean()
+
+    given = {"sampler": Noisy(), "loss": partial(power, exponent=2)}
+    train(tmp_path, **given)
+    assert train(tmp_path, **given).read
+    for part, other in (("sampler", Noisy(3.0)), ("loss", partial(power, exponent=3))):
+        with pytest.raises(ValueError, match=f"made with another {part} than the one given"):
+            train(tmp_path, **(given | {part: other}))
 
 
 def test_parts_of_ones_own_need_a_name(tmp_path):

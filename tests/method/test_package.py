@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import amaml
+from amaml import alpha_maml
 from amaml.paper import records, thresholds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,3 +80,36 @@ def test_the_grid_on_the_front_page_is_that_of_the_records():
     size = f"meta-batch of {run['meta_batch_size']} tasks, at most {run['iterations']} iterations"
     assert f"{size}, {table['seed'].nunique()} seeds" in " ".join(index.split())
     assert f"reaches {run['threshold']:.1f}" in index
+
+
+FLOORS = (
+    "data tasks checks inner_loop fast maml alpha_maml runs training sweep paper".split()
+)  # imports go down
+
+
+def test_imports_go_one_way_and_the_method_stands_at_the_top():
+    """From the study to the data; `config`, `model` and `shapes` stand by themselves."""
+    package = ROOT / "amaml"
+    assert len(list(package.glob("*.py"))) <= 12
+    for path in package.rglob("*.py"):
+        place = path.relative_to(package).with_suffix("").parts[0]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {
+            f"{node.module}.{name.name}".split(".")[1]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("amaml")
+            for name in node.names
+        } - {"shapes", "config", place}
+        if place in ("config", "shapes", "model", "datasets"):
+            assert not imported, (path.name, imported)
+        elif place != "__init__":
+            below = {*FLOORS[: FLOORS.index(place)], "model", "datasets"}
+            assert imported <= below, (path.name, imported - below)
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, path.name
+
+
+def test_a_meta_step_is_read_on_one_screen():
+    tree = ast.parse(inspect.getsource(alpha_maml.meta_step)).body[0]
+    docstring = tree.body[0]
+    length = tree.end_lineno - (docstring.end_lineno - docstring.lineno + 1)
+    assert length <= 40

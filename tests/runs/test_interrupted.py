@@ -39,6 +39,7 @@ def child(out: Path, log: Path, number: int, part: str, signum: int) -> None:
     Runs in a process of its own, whose functions it changes.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job ignores it
     handle, passed = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 0
 
     def changed(name: str, real):
@@ -139,7 +140,9 @@ def test_stopped_at_any_moment_a_run_loses_no_iteration(undisturbed, tmp_path, s
     assert unfinished >= 5
 
 
-def test_a_signal_is_held_back_to_the_end_and_a_second_one_is_not():
+def test_a_signal_is_held_back_to_the_end_and_a_second_one_is_not(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     passed = []
     with pytest.raises(KeyboardInterrupt), stop_signals() as stopped:
         for number in range(2):
