@@ -26,7 +26,7 @@ class Characters:
     """Handwritten characters, each drawn 20 times.
 
     Args:
-        images: Of shape (n_characters, 20, 28, 28), ink = 255, background = 0.
+        images: of shape (n_characters, 20, 28, 28), ink = 255, background = 0.
         names: n_characters unique strings "Alphabet/characterNN".
     """
 
@@ -84,14 +84,14 @@ def load_omniglot(root: str | os.PathLike | None = None, download: bool = False)
     """The 1,623 characters of Omniglot, resized from 105x105 to 28x28 (Lanczos), and verified.
 
     Args:
-        root: The folder that holds `images_background` and `images_evaluation`, zipped or not, or
+        root: the folder that holds `images_background` and `images_evaluation`, zipped or not, or
             a folder with both; None: that of the variable AMAML_DATA, else the cache folder.
-        download: Fetch missing files through `torchvision.datasets.Omniglot`.
+        download: fetch missing files through `torchvision.datasets.Omniglot`.
 
     Raises:
-        FileNotFoundError: The data is not there.
-        ValueError: The data is damaged, or not Omniglot's.
-        ConnectionError: The download fails.
+        FileNotFoundError: the data is not there.
+        ValueError: the data is damaged, or not Omniglot's.
+        ConnectionError: the download fails.
     """
     given = os.environ.get("AMAML_DATA") or cache_folder() if root is None else root
     root = Path(given).expanduser()

@@ -31,7 +31,7 @@ class Tasks:
         query_y: (meta_batch_size, n_way*k_query), like support_y.
 
     Raises:
-        ValueError: The four do not fit together.
+        ValueError: the four do not fit together.
     """
 
     support_x: Shaped[Tensor, "tasks support ..."]
@@ -88,14 +88,14 @@ class TaskSampler:
     set stand label by label.
 
     Args:
-        characters: What to draw from, on any device.
-        n_way: Different characters per task.
-        k_shot: Drawings of each in the support set.
-        k_query: Other drawings of each in the query set.
-        rotate: Turn each character of a task, all its images alike, by 0, 90, 180 or 270 degrees.
+        characters: what to draw from, on any device.
+        n_way: different characters per task.
+        k_shot: drawings of each in the support set.
+        k_query: other drawings of each in the query set.
+        rotate: turn each character of a task, all its images alike, by 0, 90, 180 or 270 degrees.
 
     Raises:
-        ValueError: The characters or their drawings do not suffice.
+        ValueError: the characters or their drawings do not suffice.
     """
 
     characters: Characters
@@ -118,8 +118,8 @@ class TaskSampler:
         """A meta-batch of `meta_batch_size` tasks, float32, drawn without a loop over the tasks.
 
         Args:
-            meta_batch_size: At least 1.
-            generator: On the characters' device; its state alone decides which tasks are drawn.
+            meta_batch_size: at least 1.
+            generator: on the characters' device; its state alone decides which tasks are drawn.
         """
         if not isinstance(generator, torch.Generator):  # for None torch would take its global one
             raise TypeError(f"generator must be a seeded torch.Generator, not {generator!r}")
