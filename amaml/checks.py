@@ -95,6 +95,11 @@ def checked_loss(loss: Loss, **labels: Tensor) -> Loss:
     return checked
 
 
+def is_cross_entropy(loss: Loss) -> bool:
+    """Whether it is torch's, plain or as `checked_loss` gives it, and not one built around it."""
+    return getattr(loss, "__wrapped__", loss) is F.cross_entropy
+
+
 def check_examples(x: Tensor, y: Tensor) -> None:
     """Raise ValueError unless these are the inputs and targets of one task."""
     if len(x) != len(y) or not len(x):

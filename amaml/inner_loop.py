@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from inspect import unwrap
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from amaml.checks import Loss, Theta
+from amaml.checks import Loss, Theta, is_cross_entropy
 from amaml.shapes import Float, Int
 
 UNMAPPABLE: WeakSet[nn.Module] = WeakSet()  # models that `vmap` cannot serve
@@ -124,14 +122,14 @@ def through_steps(theta, v, steps: int, step: Callable, inner_step_vjp: Callable
 def task_metrics(prediction, y: Tensor, loss: Loss) -> dict[str, Float[Tensor, ""]]:
     """One task's `query_loss` and, for the cross-entropy, `query_accuracy`."""
     metrics = {"query_loss": loss(prediction, y)}
-    if unwrap(loss) is F.cross_entropy:
+    if is_cross_entropy(loss):
         metrics["query_accuracy"] = accuracy(prediction, y)
     return metrics
 
 
 def metric_names(loss: Loss) -> tuple[str, ...]:
     """The names that `task_metrics` gives."""
-    return ("query_loss", "query_accuracy") if unwrap(loss) is F.cross_entropy else ("query_loss",)
+    return ("query_loss", "query_accuracy") if is_cross_entropy(loss) else ("query_loss",)
 
 
 def accuracy(

@@ -127,8 +127,6 @@ class TaskSampler:
         n_characters, n_drawings, height, width = images.shape
         batch = whole_number("meta_batch_size", meta_batch_size)
         n_way, k = self.n_way, self.k_shot + self.k_query
-        if batch < 1:
-            raise ValueError(f"meta_batch_size={batch} must be at least 1")
 
         def draw(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=images.device)

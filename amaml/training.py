@@ -23,6 +23,7 @@ from amaml.runs import provenance, store
 from amaml.runs.batch import RunBatch, RunInProgress, advance
 from amaml.runs.parts import (
     Parts,
+    check_alike,
     described,
     network_of,
     own_parts,
@@ -80,9 +81,8 @@ def train(
         OSError: where it cannot be written.
     """
     parts = Parts(name, model, sampler, validation_sampler, loss, step)
-    configs = [RunConfig() if config is None else config]
     runs = train_together(
-        configs,
+        [RunConfig() if config is None else config],
         out,
         start=start,
         root=root,
@@ -159,7 +159,7 @@ def train_together(
         if missing:
             if where.type == "cpu":
                 keep_freed_memory()
-            samplers = samplers_of(missing[0], made_of, root, where)
+            check_alike([networks[config] for config in missing])
             running = [
                 begin(
                     c, folders[c], abouts[c], networks[c].to(where), samplers, step, where, parent
@@ -242,10 +242,10 @@ def check_start(parent: Run, state: MetaState, config: RunConfig) -> None:
         raise ValueError(
             f"the run in {parent.folder} has another network or meta-optimiser than the one given"
         )
-    if parent.iteration >= config.iterations or parent.status == "diverged":
+    if parent.iteration >= config.iterations or parent.status in ("diverged", "running"):
         raise ValueError(
             f"the run in {parent.folder} ended at iteration {parent.iteration} ({parent.status}); "
-            f"iterations={config.iterations} must be more, and it must not have diverged"
+            f"iterations={config.iterations} must be more, and it must be finished, not diverged"
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import unwrap
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import grad, vjp, vmap
 from torch.linalg import vecdot
-from torch.nn import functional as F
 
-from amaml.checks import Loss, Theta
+from amaml.checks import Loss, Theta, is_cross_entropy
 from amaml.fast.omniglot_cnn import Images, OmniglotPass, prepare
 from amaml.inner_loop import metric_names, task_metrics, through_steps
 from amaml.shapes import Float, Shaped
@@ -213,7 +211,7 @@ def derivatives(
 ) -> tuple[Float[Tensor, " tasks"], Float[Tensor, "tasks n n_way"], Callable[[Tensor], Tensor]]:
     """Each task's loss, its gradient by the logits, and the product of its second derivative with
     a tangent of the logits, as a function."""
-    if unwrap(loss) is not F.cross_entropy:
+    if not is_cross_entropy(loss):
 
         def total(logits: Tensor) -> tuple[Tensor, Tensor]:
             losses = vmap(loss)(logits, y)

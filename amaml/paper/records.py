@@ -106,7 +106,7 @@ def figure_records(
                 progress=progress,
                 on_finish=finish,
                 name=parts,
-                **experiments.PARTS.get(parts, {}),
+                **(experiments.PARTS[parts] if parts else {}),
             )
     finally:
         if waiting:

@@ -27,6 +27,7 @@ class FrozenRates:
     """Alpha MAML whose rates stay as they are after the first iterations."""
 
     def begin(self, state: MetaState, config: RunConfig) -> MetaState:
+        assert config.meta_optimizer == "sgd", "rivals go by plain descent"
         return state._replace(moments={"iteration": torch.zeros_like(state.alpha)})
 
     def __call__(
@@ -52,6 +53,7 @@ class LearnedRates:
 
     def begin(self, state: MetaState, config: RunConfig) -> MetaState:
         """Rates of alpha everywhere: a dict by parameter name, (inner_steps, ...)."""
+        assert config.meta_optimizer == "sgd" and not (config.first_order or config.recompute)
         steps = config.inner_steps
         shapes = {n: p.shape if self.per_element else () for n, p in state.theta.items()}
         rates = {n: state.alpha.expand(steps, *shape).clone() for n, shape in shapes.items()}

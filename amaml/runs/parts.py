@@ -104,6 +104,20 @@ def network_of(config: RunConfig, model=None) -> nn.Module:
     return network
 
 
+def check_alike(networks: list[nn.Module]) -> None:
+    """ValueError where networks of runs that are made together differ in what theta leaves out."""
+    constants = [
+        [value for value in network.state_dict(keep_vars=True).values() if not value.requires_grad]
+        for network in networks
+    ]
+    for other in constants[1:]:
+        if not all(torch.equal(a, b) for a, b in zip(constants[0], other, strict=True)):
+            raise ValueError(
+                "the networks of runs that are made together differ in buffers or frozen "
+                "parameters; make these runs one at a time"
+            )
+
+
 def samplers_of(config: RunConfig, parts: Parts, root, device) -> Samplers:
     """A run's samplers: one's own, or those of the characters that its config names."""
     if parts.sampler is None:

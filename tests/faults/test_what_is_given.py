@@ -137,6 +137,19 @@ def test_a_model_may_be_a_function_of_the_seed(tmp_path):
     assert together == pytest.approx(alone, rel=1e-6)
 
 
+def test_networks_that_differ_in_what_is_not_learned_are_not_made_together(tmp_path):
+    def frozen(seed):
+        model = nn.Sequential(nn.Linear(1, 1), line(seed))
+        model[0].weight.data.fill_(float(seed)), model[0].requires_grad_(False)
+        return model
+
+    configs = [amaml.RunConfig(**SMALL, iterations=1, seed=seed) for seed in (0, 1)]
+    parts = {"name": "frozen", "model": frozen, "sampler": Lines(), "loss": squared}
+    with pytest.raises(RuntimeError, match="differ in buffers or frozen parameters"):
+        amaml.run_all(configs, tmp_path, None, 2, minutes=1, progress=False, **parts)
+    assert len(amaml.run_all(configs, tmp_path, None, 1, minutes=1, progress=False, **parts)) == 2
+
+
 def test_numpys_integers_are_taken_everywhere(tmp_path):
     three, glyphs = np.int64(3), amaml.load_glyphs(seed=np.int64(0))
     sampler = amaml.TaskSampler(glyphs, n_way=three, k_shot=np.int32(1), k_query=np.uint8(1))
