@@ -162,7 +162,8 @@ def log_uniform(n: int, seed: int, first: Pair, second: Pair) -> list[Pair]:
 def random_starts(figure: str, profile: str) -> list[PlannedRun]:
     """All methods from random starts (alpha_0, beta_0), paired by start, seed and tasks.
 
-    The first starts of every method stand first, then the others of the main ones.
+    In blocks, so that a part of them is an experiment: the first starts of every method, the next
+    of all but the slow ones, then the rest of the main ones.
     """
     first, last = settings.N_STARTS[profile]
     sgd = log_uniform(last, 0, settings.RATES, settings.RATES)
@@ -187,15 +188,16 @@ def random_starts(figure: str, profile: str) -> list[PlannedRun]:
         ("Meta-SGD", sgd, [MAML] * last, "Meta-SGD"),
         ("LSLR", sgd, [MAML] * last, "LSLR"),
     )
+    slow = settings.N_SLOW_STARTS[profile]
+    fast_lines = [line for line in lines if line[0] not in settings.SLOW_VARIANTS]
     main = [line for line in lines if line[0] in settings.MAIN_VARIANTS]
+    blocks = ((range(slow), lines), (range(slow, first), fast_lines), (range(first, last), main))
     fields, _ = fields_and_seeds(figure, profile)
     runs = []
-    for numbers, of_lines in ((range(first), lines), (range(first, last), main)):
+    for numbers, of_lines in blocks:
         for (variant, starts, hyper_rates, parts), i in product(of_lines, numbers):
             labels = {"variant": variant, "start": i}
             labels |= {"method": variant} if variant == "learned alpha" else {}
-            if variant in settings.SLOW_VARIANTS and i >= settings.N_SLOW_STARTS[profile]:
-                continue
             own = fields | {"seed": settings.FIRST_SEED + i}
             own["meta_optimizer"] = "adam" if starts is adam else "sgd"
             runs.append(planned(profile, starts[i], hyper_rates[i], labels, parts, **own))

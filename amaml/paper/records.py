@@ -15,6 +15,7 @@ import math
 import time
 import zlib
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -78,7 +79,7 @@ def figure_records(
             "--minutes how long a CPU is to work on them"
         )
     waiting: list[Run] = []
-    written = time.monotonic()
+    begun = written = time.monotonic()
 
     def publish() -> None:
         nonlocal table, written
@@ -94,14 +95,15 @@ def figure_records(
             publish()
 
     try:
-        for parts in dict.fromkeys(plan.parts for plan in missing):
+        for parts, plans in groupby(missing, key=lambda plan: plan.parts):
+            left = minutes and max(minutes - (time.monotonic() - begun) / 60, 0)
             run_all(
-                [plan.config for plan in missing if plan.parts == parts],
+                [plan.config for plan in plans],
                 out,
                 client,
                 settings.RUNS_PER_BATCH[profile],
                 device=device,
-                minutes=minutes,
+                minutes=left,
                 root=root,
                 progress=progress,
                 on_finish=finish,

@@ -29,7 +29,7 @@ FROZEN = {
     "appendix_7": "774f1137d32b7e89 8ddc742463f118b7 b9b8ba8e9818b704",
     "accuracy": "d4b118bb68745ba9 bf22b62d7a0273f0 96a7ec1539a9c6a9",
     "accuracy_settings": "cae827071143653c f88ff2ec0b280752 932510f6e81a227a",
-    "starts": "e4490aba387df088 bf83579cb168331f f4717c62cabbd659",
+    "starts": "850a8286176706ef b26e2d23d2dcbd11 f4717c62cabbd659",
 }
 EVERY = [(figure, profile) for figure in experiments.FIGURES for profile in settings.PROFILES]
 
