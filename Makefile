@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 BUILT := build/notebooks/$(PROFILE)
 RETRAINED := $(if $(filter-out 0 no false False,$(RETRAIN)),True,False)
 
-# The teaching chapters need images, so beyond the embedded ones they need DATA. The figure chapters
-# need images only to train: with records they draw from those, in seconds. The chapter on one's own
-# tasks makes them itself, the one on performance draws from its record alone.
+# The teaching chapters show images: the embedded ones with PROFILE=quick, else Omniglot, from DATA.
+# The figure chapters need images only to train: with records they draw from those, in seconds. The
+# chapter on one's own tasks makes them itself, the one on performance draws from its record alone.
 TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
 FIGURES := 05_figure_1 06_figures_2_3 07_appendix_figures 10_claims
 OWN := 11_your_own
@@ -69,6 +69,7 @@ figures: $(VENV)/installed  ## execute all notebooks and draw all figures
 	@echo "pictures:           figures/$(PROFILE)"
 	@ls figures/$(PROFILE)/*.png
 
+# Without DATA (or AMAML_DATA) the outputs that show Omniglot are not compared: book/conftest.py.
 test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, the pairs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -95,7 +96,7 @@ book: $(VENV)/installed  ## build the pages from the committed notebooks
 		> build/book.log 2>&1 || { cat build/book.log; exit 1; }
 	@echo "pages: build/_build/html/index.html"
 
-notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb
+notebooks: $(VENV)/installed  ## execute the .md sources into the committed .ipynb, with DATA
 	@set -e; for chapter in $(TEACHING) $(FIGURES) $(OWN) $(RECORDED); do \
 		$(BIN)/jupytext --to md:myst book/$$chapter.md; \
 		$(BIN)/jupytext --to ipynb --execute book/$$chapter.md; \

@@ -1,6 +1,7 @@
 """Alpha MAML: MAML whose two learning rates adapt themselves online.
 
-Equation 9 and Algorithm 2 of Behl et al. (2019), as a pure function from one state to the next.
+Equation 9 and Algorithm 2 of Behl et al. (2019), as a pure function from one state to the next; and
+a rule of this project's own for the rates, in which no hyper rate has a unit.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amaml.checks import Loss, as_hyper_rate, as_scalar, check_module
+from amaml.checks import Loss, Theta, as_hyper_rate, as_scalar, check_module
 from amaml.config import CHOICES
 from amaml.maml import meta_gradient, query_metrics, widest
 from amaml.shapes import Float
 from amaml.tasks import Tasks
+
+# Of the scale-free rule, all without a unit: how much of the sum of directions is kept from one
+# iteration to the next, and the largest step of theta as a part of its norm
+DECAY, LARGEST_STEP = 0.9, 0.1
+TINY = 1e-30  # nothing is divided by zero
 
 
 class MetaState(NamedTuple):
@@ -28,9 +34,10 @@ class MetaState(NamedTuple):
         alpha: scalar: inner learning rate of the next iteration.
         beta: scalar: meta learning rate of the iteration just done.
         direction: dict like theta: the last meta-step went along minus this (with "sgd" it is the
-            previous meta-gradient); zeros before the first iteration.
+            previous meta-gradient); zeros before the first iteration. With the scale-free rule a
+            decayed sum of the directions so far.
         moments: dict of dicts, empty for "sgd"; for "adam" its `first` and `second` moment, and
-            `count`.
+            `count`. With the scale-free rule also `slopes`, see `scale_free_rates`.
     """
 
     theta: dict[str, Tensor]
@@ -41,12 +48,23 @@ class MetaState(NamedTuple):
 
 
 def init_state(
-    model: nn.Module, alpha: float | Tensor, beta: float | Tensor, *, meta_optimizer: str = "sgd"
+    model: nn.Module,
+    alpha: float | Tensor,
+    beta: float | Tensor,
+    *,
+    meta_optimizer: str = "sgd",
+    rule: str = "additive",
 ) -> MetaState:
-    """The state before the first iteration; `model`'s trainable parameters are copied.
+    """The state before the first iteration.
 
-    The starting rates must be finite and >= 0 (hypergradient descent can leave 0);
-    `meta_optimizer` is "sgd", as in the paper, or "adam".
+    Args:
+        model: its trainable parameters are copied.
+        alpha, beta: starting rates, finite and >= 0 (additive hypergradient descent can leave 0).
+        meta_optimizer: "sgd", as in the paper, or "adam".
+        rule: how `meta_step` moves the rates: "additive", as in the paper, or "scale-free".
+
+    Raises:
+        ValueError: for a rate, optimiser or rule that is none, and a model with nothing to learn.
     """
     check_module(model)
     theta = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -57,9 +75,11 @@ def init_state(
         rates[name] = as_scalar(name, rate, like=widest(theta)).detach().clone()
         if not math.isfinite(rates[name]) or rates[name] < 0:
             raise ValueError(f"{name}={float(rate)}: a starting rate must be finite and >= 0")
-    if meta_optimizer not in CHOICES["meta_optimizer"]:
-        known = ", ".join(CHOICES["meta_optimizer"])
-        raise ValueError(f"meta_optimizer={meta_optimizer!r}: known are {known}")
+        if rule == "scale-free" and rates[name] == 0:
+            raise ValueError(f"{name}=0: the scale-free rule moves its logarithm; start above 0")
+    for name, given in (("meta_optimizer", meta_optimizer), ("rule", rule)):
+        if given not in CHOICES[name]:
+            raise ValueError(f"{name}={given!r}: known are {', '.join(CHOICES[name])}")
     direction, first, second = (
         {name: torch.zeros_like(value) for name, value in theta.items()} for _ in range(3)
     )
@@ -67,6 +87,8 @@ def init_state(
     if meta_optimizer == "adam":
         count = torch.zeros_like(rates["beta"])
         moments = {"first": first, "second": second, "count": count}
+    if rule == "scale-free":
+        moments["slopes"] = {name: torch.zeros_like(rate) for name, rate in rates.items()}
     return MetaState(theta, rates["alpha"], rates["beta"], direction, moments)
 
 
@@ -86,13 +108,15 @@ def meta_step(
 
     The gradient over the meta-batch is the mean over its tasks (equation 9 has the sum; the
     difference is a change of scale of beta and of the hyper rates). `hyper_alpha` = `hyper_beta`
-    = 0 is MAML, Algorithm 1. The rates are not clamped.
+    = 0 is MAML, Algorithm 1. The rates are not clamped, except by the scale-free rule
+    (`scale_free_rates`), which moves them where `state` was made with it.
 
     Args:
         model: the module that `state` belongs to; it is left as it is.
         state: that of the iteration before, or of `init_state`.
         tasks: this iteration's meta-batch.
-        hyper_alpha, hyper_beta: hyper learning rates of alpha and beta, >= 0.
+        hyper_alpha, hyper_beta: hyper learning rates of alpha and beta, >= 0; with the scale-free
+            rule its constants, which have no unit: 1 each serves.
         inner_steps, first_order, recompute, loss: see `meta_gradient`.
 
     Returns:
@@ -102,21 +126,28 @@ def meta_step(
         `d_beta` (equation 6); with `first_order` these are approximate.
     """
     check_state(state)
-    theta, alpha, beta, direction, moments = state
+    theta, alpha, beta, previous, moments = state
     hyper_alpha = as_hyper_rate("hyper_alpha", hyper_alpha, like=alpha)
     hyper_beta = as_hyper_rate("hyper_beta", hyper_beta, like=beta)
     options: dict = {"inner_steps": inner_steps, "first_order": first_order, "recompute": recompute}
     gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)
         model, theta, alpha, tasks, loss=loss, **options
     )
-    d_beta = -dot(gradient, direction)  # (6)
-    beta = update_rate(beta, hyper_beta, d_beta)  # (9), second line
+    d_beta = -dot(gradient, previous)  # (6)
     direction, moments = descent_direction(gradient, moments)
+    kept = direction
+    if "slopes" in moments:
+        hypers = (hyper_alpha, hyper_beta, d_alpha, d_beta, metrics["query_loss"])
+        next_alpha, beta, kept, moments = scale_free_rates(
+            state, moments, gradient, direction, *hypers
+        )
+    else:
+        next_alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), first line: for the next time
+        beta = update_rate(beta, hyper_beta, d_beta)  # (9), second line
     theta = {name: theta[name] - beta * direction[name] for name in theta}  # (9), third line
-    metrics |= {"alpha": alpha, "beta": beta, "gradient_norm": dot(gradient, gradient).sqrt()}
+    metrics |= {"alpha": alpha, "beta": beta, "gradient_norm": norm(gradient)}
     metrics |= {"d_alpha": d_alpha, "d_beta": d_beta}
-    alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), first line: for the next iteration
-    return MetaState(theta, alpha, beta, direction, moments), metrics
+    return MetaState(theta, next_alpha, beta, kept, moments), metrics
 
 
 def evaluate(
@@ -174,13 +205,47 @@ def update_rate(rate: Tensor, hyper_rate: Tensor, hypergradient: Tensor) -> Tens
     return torch.where(hyper_rate == 0, rate, rate - hyper_rate * hypergradient)
 
 
+def scale_free_rates(
+    state: MetaState, moments: dict, gradient: Theta, direction: Theta,
+    hyper_alpha: Tensor, hyper_beta: Tensor, d_alpha: Tensor, d_beta: Tensor, loss: Tensor,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict]:  # fmt: skip
+    """Both rates moved by relative steps that no unit enters; this rule is not the paper's.
+
+    Each logarithm goes by AdaGrad (Duchi et al. 2011) down a slope without a unit. That of alpha is
+    the elasticity of the query loss, d log L / d log alpha. That of beta is minus the cosine
+    between the meta-gradient and a decayed sum of the directions before it, where equation 6 has
+    the last one alone: one batch of tasks says little about the next. A step changes a rate by at
+    most a factor of e, and theta by at most a tenth of its norm.
+
+    Returns:
+        alpha for the next iteration, beta for this one, the sum of directions and the moments.
+    """
+    squares = moments["slopes"]
+    slopes = {
+        "alpha": state.alpha * d_alpha / loss.abs(),
+        "beta": d_beta / (norm(gradient) * norm(state.direction)).clamp_min(TINY),
+    }
+    squares = {name: squares[name] + slope**2 for name, slope in slopes.items()}
+    steps = {name: slope / squares[name].sqrt().clamp_min(TINY) for name, slope in slopes.items()}
+    alpha, beta = (
+        torch.where(hyper_rate == 0, rate, rate * (-hyper_rate * step).clamp(-1, 1).exp())
+        for rate, hyper_rate, step in zip(
+            (state.alpha, state.beta), (hyper_alpha, hyper_beta), steps.values(), strict=True
+        )
+    )
+    most = LARGEST_STEP * norm(state.theta) / norm(direction).clamp_min(TINY)
+    beta = torch.where(hyper_beta == 0, beta, torch.minimum(beta, most))
+    kept = {name: DECAY * state.direction[name] + direction[name] for name in direction}
+    return alpha, beta, kept, moments | {"slopes": squares}
+
+
 def descent_direction(gradient: dict[str, Tensor], moments: dict) -> tuple[dict[str, Tensor], dict]:
     """What the meta-step goes along: the gradient itself, or Adam's direction (Kingma and Ba 2015).
 
     With Adam the hypergradient of beta is taken against this direction, as in hypergradient
     descent for Adam (Baydin et al. 2018, algorithm 3).
     """
-    if not moments:
+    if "first" not in moments:
         return gradient, moments
     decay_1, decay_2, epsilon = 0.9, 0.999, 1e-8
     count = moments["count"] + 1
@@ -191,9 +256,14 @@ def descent_direction(gradient: dict[str, Tensor], moments: dict) -> tuple[dict[
         unbiased_first = first[name] / (1 - decay_1**count)
         unbiased_second = second[name] / (1 - decay_2**count)
         direction[name] = unbiased_first / (unbiased_second.sqrt() + epsilon)
-    return direction, {"first": first, "second": second, "count": count}
+    return direction, moments | {"first": first, "second": second, "count": count}
 
 
-def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Float[Tensor, ""]:
+def norm(a: Theta) -> Float[Tensor, ""]:
+    """The Euclidean norm over all parameters."""
+    return dot(a, a).sqrt()
+
+
+def dot(a: Theta, b: Theta) -> Float[Tensor, ""]:
     """The dot product over all parameters."""
     return reduce(torch.add, ((a[name] * b[name]).sum() for name in a))

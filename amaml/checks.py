@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from numbers import Real
 from typing import Any
@@ -25,15 +25,12 @@ def check_call(model, theta: Theta, inner_steps, first_order, tasks=None) -> Non
     needed = {name for name, value in model.named_parameters() if value.requires_grad}
     if wrong := sorted((needed - theta.keys()) | (theta.keys() - shapes.keys())):
         raise ValueError(
-            f"theta must hold the model's parameters {', '.join(shapes)}; {', '.join(wrong)} is "
-            "missing or too much"
+            f"theta must hold the model's parameters, {', '.join(shapes)}; missing or unknown: "
+            f"{', '.join(wrong)}"
         )
-    for name, value in theta.items():
-        if value.shape != shapes[name]:
-            raise ValueError(
-                f"theta[{name!r}] must have the shape {shapes[name]} of the model's parameter, not "
-                f"{tuple(value.shape)}"
-            )
+    for name, shape in ((name, tuple(value.shape)) for name, value in theta.items()):
+        if shape != shapes[name]:
+            raise ValueError(f"theta[{name!r}] must have the shape {shapes[name]}, not {shape}")
     whole_number("inner_steps", inner_steps)
     if not isinstance(first_order, bool):
         raise TypeError(f"first_order={first_order!r}: must be True or False")
@@ -51,31 +48,34 @@ def check_module(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise TypeError("model is what torch.compile gave; give the module itself")
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        what = f"{name or 'the model'} is a {type(module).__name__}"
         if getattr(module, "running_mean", None) is not None and module.training:
             raise ValueError(
-                f"{name or 'the model'} is a {kind} that updates running statistics; build it with "
-                "track_running_stats=False, or call model.eval() to keep them as they are"
+                f"{what} that updates running statistics; build it with track_running_stats=False, "
+                "or call model.eval() to keep them as they are"
             )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        p = getattr(module, "p" if is_dropout else "dropout", 0)  # an attribute of nn.LSTM as well
+        if module.training and isinstance(p, Real) and float(p) > 0:
             raise ValueError(
-                f"{name or 'the model'} is a {kind} with p={module.p}, whose draws cannot be "
-                "repeated from a seed; take it out, set p=0 or call model.eval()"
+                f"{what} with dropout, p={p}, whose draws cannot be repeated from a seed; take it "
+                "out, set p=0 or call model.eval()"
             )
 
 
 def checked_loss(loss: Loss, **labels: Tensor) -> Loss:
     """`loss` with a check of what it gives and, for the cross-entropy, of the labels.
 
-    Their range is looked at where that is cheap and possible: on the CPU, outside of `vmap`.
+    Their range is looked at on the CPU alone: on a GPU that would wait for all that is under way.
     """
     limits = {}
     if loss is F.cross_entropy:
         for name, y in labels.items():
             if y.dtype != torch.int64:
                 raise TypeError(f"{name} must be int64 for the cross-entropy, not {y.dtype}")
-            if y.device.type == "cpu" and not is_transformed(y):
-                limits[name] = int(y.min()), int(y.max())
+            if y.device.type == "cpu":
+                *_, plain = layers(y)
+                limits[name] = int(plain.min()), int(plain.max())
 
     @wraps(loss)
     def checked(prediction, target: Tensor) -> Tensor:
@@ -126,17 +126,15 @@ def as_hyper_rate(name: str, value: Any, like: Tensor) -> Tensor:
     return as_scalar(name, value, like)
 
 
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether a `torch.func` transform is at work on it."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def layers(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor and, one by one, what lies beneath the `torch.func` transforms at work on it."""
+    yield tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
     """Whether a `torch.func` derivative is at work on any of these, beneath whatever `vmap`."""
-    functorch = torch._C._functorch
-    for tensor in tensors:
-        while functorch.is_functorch_wrapped_tensor(tensor):
-            if functorch.is_gradtrackingtensor(tensor):
-                return True
-            tensor = functorch.get_unwrapped(tensor)
-    return False
+    is_tracked = torch._C._functorch.is_gradtrackingtensor
+    return any(is_tracked(layer) for tensor in tensors for layer in layers(tensor))

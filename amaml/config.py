@@ -11,7 +11,11 @@ from typing import Any, get_type_hints
 NUMERICS = 1  # raised whenever a change alters results: older runs are then not taken for new ones
 LARGEST = 3.4028234663852886e38  # of float32: a larger rate would be infinite in the network
 LEAST = {"n_way": 2, "seed": 0, "test_tasks": 0}  # of whole numbers; else 1
-CHOICES = {"data": ("omniglot", "glyphs"), "meta_optimizer": ("sgd", "adam")}
+CHOICES = {
+    "data": ("omniglot", "glyphs"),
+    "meta_optimizer": ("sgd", "adam"),
+    "rule": ("additive", "scale-free"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class RunConfig:
         hyper_alpha: hyper learning rate of alpha.
         hyper_beta: hyper learning rate of beta; both 0 is MAML.
         meta_optimizer: "sgd", as in the paper, or "adam".
+        rule: how the rates move: "additive", as in the paper, or "scale-free".
         iterations: how many at most.
         threshold: stop once the validation loss is at most this (None: never).
         validation_every: iterations between two validations.
@@ -61,6 +66,7 @@ class RunConfig:
     hyper_alpha: float = 0.01
     hyper_beta: float = 0.01
     meta_optimizer: str = "sgd"
+    rule: str = "additive"
     iterations: int = 1000
     threshold: float | None = None
     validation_every: int = 10

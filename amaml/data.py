@@ -113,9 +113,6 @@ def load_glyphs(seed: int = 0) -> Characters:
     return cached("glyphs", seed, lambda: glyphs.draw_glyphs(seed))
 
 
-LOADERS = {"omniglot": load_omniglot, "glyphs": load_glyphs}
-
-
 def whole_number(name: str, value, least: int = 1) -> int:
     """An integer, of numpy's as well, as an int; TypeError or ValueError for anything else."""
     try:

@@ -35,15 +35,14 @@ def inner_loop(
     def support_loss(adapted: Theta) -> Tensor:
         return loss(forward(model, {**theta, **adapted}, x), y)
 
-    first_loss = None
+    losses = []
     for _ in range(inner_steps):
         gradient, value = grad_and_value(support_loss)(adapted)
-        first_loss = value if first_loss is None else first_loss
+        losses.append(value)
         if first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
         adapted = {name: adapted[name] - alpha * gradient[name] for name in adapted}  # (1)
-    assert first_loss is not None
-    return {**theta, **adapted}, first_loss
+    return {**theta, **adapted}, losses[0]
 
 
 def forward(model: nn.Module, theta: Theta, x: Tensor):
@@ -70,19 +69,17 @@ def mapped(model: nn.Module, function: Callable, *args, chunk_size: int | None =
     By `vmap`; where that cannot serve the model (recurrent layers, branches on data) in a loop,
     and a warning says so once.
     """
-    reason = None
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        reason = "it has recurrent layers"
-    elif model not in UNMAPPABLE:
+    reason = "it has recurrent layers"
+    if model not in UNMAPPABLE and not any(isinstance(m, nn.RNNBase) for m in model.modules()):
         try:
             return vmap(function, chunk_size=chunk_size)(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             reason = str(error).partition("\n")[0]
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                raise
     n = len(tree_leaves(args)[0])
     results = [function(*tree_map(lambda value, i=i: value[i], args)) for i in range(n)]
-    if reason is not None and model not in UNMAPPABLE:
+    if model not in UNMAPPABLE:  # and the loop has gone well
         UNMAPPABLE.add(model)
         name = type(model).__name__
         warnings.warn(f"{name} goes task by task, since vmap cannot map it: {reason}", stacklevel=4)

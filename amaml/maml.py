@@ -51,10 +51,9 @@ def adapt(
     check_call(model, theta, inner_steps, first_order)
     check_examples(x, y)
     theta, (x,) = same_dtype(theta, x)
-    alpha = as_scalar("alpha", alpha, like=widest(theta))
-    return inner_loop(model, theta, alpha, x, y, inner_steps, first_order, checked_loss(loss, y=y))[
-        0
-    ]
+    alpha, loss = as_scalar("alpha", alpha, like=widest(theta)), checked_loss(loss, y=y)
+    theta_prime, _ = inner_loop(model, theta, alpha, x, y, inner_steps, first_order, loss)
+    return theta_prime
 
 
 def predict(
@@ -73,6 +72,14 @@ def predict(
     A model that normalises by batch statistics, as `OmniglotCNN` does, sees the query set as a
     whole (it is transductive): give all its examples together, in about the proportions of
     training, and not one at a time.
+
+    Args:
+        model, theta, alpha, inner_steps, loss: see `adapt`.
+        support_x, support_y: inputs and targets of the support set, (examples, ...).
+        query_x: inputs of the query set, (examples, ...).
+
+    Returns:
+        What `model(query_x)` gives at theta_prime: for `OmniglotCNN` logits, (examples, n_way).
     """
     at = adapt(model, theta, alpha, support_x, support_y, inner_steps=inner_steps, loss=loss)
     at, (query_x,) = same_dtype(at, query_x)
@@ -104,8 +111,8 @@ def meta_gradient(
         inner_steps: gradient steps of the inner loop.
         first_order: take the inner gradients as constants (section 5.2 of Finn et al. 2017). This
             leaves out the second-order term, and what of the hypergradient goes through it.
-        recompute: gradient checkpointing; memory hardly grows with `inner_steps`, for about half
-            as much time more.
+        recompute: gradient checkpointing; memory hardly grows with `inner_steps`, and a call takes
+            about 50 % more time.
         loss: a function of (prediction, y) that gives a scalar for one task.
 
     Returns:
@@ -124,12 +131,7 @@ def meta_gradient(
 
 
 def query_metrics(
-    model: nn.Module,
-    theta: Theta,
-    alpha: float | Tensor,
-    tasks: Tasks,
-    inner_steps: int,
-    loss: Loss,
+    model: nn.Module, theta: Theta, alpha: Tensor, tasks: Tasks, inner_steps: int, loss: Loss
 ) -> dict[str, Float[Tensor, " tasks"]]:
     """Each task's `query_loss` and, for the cross-entropy, `query_accuracy` after adaptation."""
     check_call(model, theta, inner_steps, False, tasks)
@@ -143,14 +145,14 @@ def mapped_meta_gradient(
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """`meta_gradient` of any module, its checks apart: one task's, mapped over the tasks."""
 
+    steps = partial(inner_loop, model, first_order=first_order, loss=loss)
+
     def query_loss(theta_prime, x, y):
         metrics = task_metrics(forward(model, theta_prime, x), y, loss)
         return metrics["query_loss"], metrics
 
     def task_loss(theta, alpha, x, y, query_x, query_y):
-        theta_prime, support_loss = inner_loop(
-            model, theta, alpha, x, y, inner_steps, first_order, loss
-        )
+        theta_prime, support_loss = steps(theta, alpha, x, y, inner_steps)
         value, metrics = query_loss(theta_prime, query_x, query_y)
         return value, {"support_loss": support_loss, **metrics}
 
@@ -159,18 +161,15 @@ def mapped_meta_gradient(
 
     def step_by_step(theta, alpha, x, y, query_x, query_y):
         def step(theta, alpha=alpha):
-            return inner_loop(model, theta, alpha, x, y, 1, first_order, loss)[0]
+            return steps(theta, alpha, x, y, 1)[0]
 
-        theta_prime, support_loss = inner_loop(
-            model, theta, alpha, x, y, inner_steps, first_order, loss
-        )
-        v, (value, metrics) = grad_and_value(query_loss, has_aux=True)(
-            theta_prime, query_x, query_y
-        )
-        gradients = through_steps(
-            theta, v, inner_steps, step, lambda theta, v: vjp(step, theta, alpha)[1](v)
-        )
-        return gradients, (value, {"support_loss": support_loss, **metrics})
+        def step_vjp(theta, v):
+            return vjp(step, theta, alpha)[1](v)
+
+        theta_prime, support_loss = steps(theta, alpha, x, y, inner_steps)
+        v, (_, metrics) = grad_and_value(query_loss, has_aux=True)(theta_prime, query_x, query_y)
+        gradients = through_steps(theta, v, inner_steps, step, step_vjp)
+        return gradients, ((), {"support_loss": support_loss, **metrics})
 
     task_gradient = step_by_step if recompute else in_one_pass
     (gradient, d_alpha), (_, metrics) = mapped(model, partial(task_gradient, theta, alpha), *batch)
@@ -180,10 +179,8 @@ def mapped_meta_gradient(
 def mapped_query_metrics(model, theta, alpha, batch, inner_steps, loss) -> dict[str, Tensor]:
     """`query_metrics` of any module, its checks apart."""
 
-    def one_task(support_x, support_y, query_x, query_y):
-        theta_prime, _ = inner_loop(
-            model, theta, alpha, support_x, support_y, inner_steps, False, loss
-        )
+    def one_task(x, y, query_x, query_y):
+        theta_prime, _ = inner_loop(model, theta, alpha, x, y, inner_steps, False, loss)
         return task_metrics(forward(model, theta_prime, query_x), query_y, loss)
 
     return mapped(model, one_task, *batch, chunk_size=TASKS_AT_ONCE)

@@ -8,8 +8,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from amaml.training import Run, shared_fields, train_together
 
 CHECKPOINT_EVERY, CHECKPOINT_EVERY_ON_GPU = 50, 500  # iterations
 PATIENCE = "10s"  # how long a scheduler that is named may take to answer
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), 1)
 Batch = list[RunConfig]
+Result = tuple[Batch, list[Run], BaseException | None]  # a batch, its finished runs, its error
 
 
 def run_all(
@@ -65,6 +66,8 @@ def run_all(
 
     Raises:
         RuntimeError: at the end, with the errors and configs of the runs that failed.
+        TypeError, ValueError: for `configs`, `client` or another argument that cannot be used.
+        ConnectionError: where no scheduler answers at the address.
     """
     if isinstance(configs, RunConfig):
         raise TypeError("configs must be a list of amaml.RunConfig, not a single one")
@@ -74,25 +77,26 @@ def run_all(
     size, out = whole_number("runs_per_batch", runs_per_batch), str(Path(out).absolute())
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes={minutes!r}: must be at least 0")
-    as_device(device)
-    if minutes is None and device == "cpu":
-        results = over_dask(configs, out, client, size, root, parts)
+    on_cpu = as_device(device).type == "cpu"
+    train = partial(train_together, out=out, root=root, **parts)
+    if minutes is None and on_cpu:
+        results = over_dask(train, configs, size, client)
     else:
-        results = in_this_process(configs, out, size, device, minutes, root, parts)
+        every = CHECKPOINT_EVERY if on_cpu else CHECKPOINT_EVERY_ON_GPU
+        train = partial(train, device=device, checkpoint_every=every)
+        results = in_this_process(train, batches_of(configs, size, 1), minutes)
     runs: dict[RunConfig, Run] = {}
     failed: dict[RunConfig, BaseException] = {}
-    bar = tqdm(total=len(configs), unit="run", file=sys.stdout, disable=not progress)
-    with bar:
+    with tqdm(total=len(configs), unit="run", file=sys.stdout, disable=not progress) as bar:
         for batch, finished, error in results:
-            if error is not None:
-                failed |= dict.fromkeys(batch, error)
+            failed |= dict.fromkeys(batch, error) if error else {}
             for run in finished:
                 runs[run.config] = run
                 if on_finish is not None:
                     on_finish(run)
             bar.update(len(batch) if error else len(finished))
-            counts = Counter(run.status for run in runs.values())
-            bar.set_postfix({**counts, **({"failed": len(failed)} if failed else {})})
+            statuses = [run.status for run in runs.values()] + ["failed"] * len(failed)
+            bar.set_postfix(Counter(statuses))
     if progress and (read := sum(run.read for run in runs.values())):
         print(f"{read} of {len(configs)} runs in {out} were finished: read, not made again")
     if failed:
@@ -117,46 +121,33 @@ def tabulate(run: Run, labels: dict | None = None) -> pd.DataFrame:
     return pd.concat([constant, run.metrics.reset_index(drop=True)], axis=1)
 
 
-def over_dask(configs, out, client, size, root, parts) -> Iterator[tuple]:
-    """(batch, its finished runs, error or None) as the workers finish them."""
+def over_dask(train: Callable, configs: Batch, size: int, client) -> Iterator[Result]:
+    """Batches as the workers finish them."""
     with workers(client, len(configs)) as connected:
         from distributed import as_completed
 
         batches = batches_of(configs, size, max(1, len(connected.nthreads())))
-        futures = {
-            connected.submit(train_batch, batch, out, root, parts, pure=False): batch
-            for batch in batches
-        }
+        futures = {connected.submit(in_one_thread, train, b, pure=False): b for b in batches}
         for future in as_completed(list(futures)):
             batch = futures.pop(future)  # so that its worker forgets the result
-            if future.status == "finished":
-                yield batch, future.result(), None
-            else:
-                yield batch, [], future.exception()
+            done = future.status == "finished"
+            yield batch, future.result() if done else [], None if done else future.exception()
 
 
-def train_batch(configs: Batch, out: str, root, parts: dict[str, Any]) -> list[Run]:
-    """Runs in a worker process, with one thread: as many batches as cores go at a time."""
+def in_one_thread(train: Callable, configs: Batch) -> list[Run]:
+    """Runs in a worker process: as many batches as cores go at a time."""
     torch.set_num_threads(1)
-    return train_together(configs, out, root=root, **parts)
+    return train(configs)
 
 
-def in_this_process(configs, out, size, device, minutes, root, parts) -> Iterator[tuple]:
-    """The same, one batch after another, until the minutes are over."""
+def in_this_process(train: Callable, batches: list[Batch], minutes) -> Iterator[Result]:
+    """One batch after another, until the minutes are over."""
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    every = CHECKPOINT_EVERY if as_device(device).type == "cpu" else CHECKPOINT_EVERY_ON_GPU
-    for batch in batches_of(configs, size, 1):
-        finished, failure = [], None
+    for batch in batches:
+        finished: list[Run] = []
+        failure = None
         try:
-            finished = train_together(
-                batch,
-                out,
-                root=root,
-                device=device,
-                checkpoint_every=every,
-                deadline=deadline,
-                **parts,
-            )
+            finished = train(batch, deadline=deadline)
         except Exception as error:
             # Without the frames, which hold the device's memory
             error.__context__ = error.__cause__ = None
@@ -183,38 +174,31 @@ def workers(client, n_runs: int) -> Iterator[Any]:
     """The client that was given, one of the scheduler that is named, or one of a local cluster
     that ends with the sweep."""
     client = client or os.environ.get("AMAML_SCHEDULER")
-    if client is not None and not isinstance(client, str):
-        if not callable(getattr(client, "submit", None)):
-            raise TypeError(
-                f"client={client!r}: must be a dask.distributed.Client, a scheduler's address such "
-                "as 'tcp://10.0.0.1:8786', or None"
-            )
-        yield client
-        return
     if client is None:
         check_main_guard()
-    import dask
+    elif callable(getattr(client, "submit", None)):
+        yield client
+        return
+    elif not isinstance(client, str):
+        raise TypeError(
+            f"client={client!r}: must be a dask.distributed.Client, a scheduler's address such as "
+            "'tcp://10.0.0.1:8786', or None"
+        )
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
-    if client is not None:
+    n_workers = min(CPU_COUNT, n_runs)
+    local = {"n_workers": n_workers, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with nullcontext(client) if client else LocalCluster(**local) as where:
         try:
-            connected = Client(client, timeout=PATIENCE)
+            connected = Client(where, timeout=PATIENCE)
         except (OSError, ValueError, TypeError) as error:
             raise ConnectionError(
-                f"no Dask scheduler answers at {client} ({error}); start one with `dask scheduler` "
-                "and workers with `dask worker ADDRESS --nthreads 1`, or leave the address away"
+                f"no Dask scheduler answers at {where} ({error}); start one with `dask scheduler` "
+                "and workers with `dask worker ADDRESS --nthreads 1`, or give no address"
             ) from error
         with connected:
             yield connected
-        return
-    n_workers = max(1, min(CPU_COUNT, n_runs))
-    with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": ONE_THREAD}),
-        LocalCluster(n_workers, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def check_main_guard() -> None:

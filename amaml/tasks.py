@@ -73,11 +73,10 @@ class Tasks:
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype={dtype} must be a floating-point dtype such as torch.float64")
         device = None if device is None else as_device(device)
-        moved = []
-        for value in vars(self).values():
-            kind = dtype if value.is_floating_point() else None
-            moved.append(value.to(device=device, dtype=kind))
-        return Tasks(*moved)
+        kinds = (
+            (value, dtype if value.is_floating_point() else None) for value in vars(self).values()
+        )
+        return Tasks(*(value.to(device=device, dtype=kind) for value, kind in kinds))
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,9 @@ class TaskSampler:
         for name, least in (("n_way", 2), ("k_shot", 1), ("k_query", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         n, each = self.characters.images.shape[:2]
-        n_way, k_shot, k_query = self.n_way, self.k_shot, self.k_query
-        if n_way > n:
+        if (n_way := self.n_way) > n:
             raise ValueError(f"n_way={n_way} needs {n_way} characters, the split has {n}")
-        if (k := k_shot + k_query) > each:
+        if (k := self.k_shot + self.k_query) > each:
             raise ValueError(f"k_shot + k_query need {k} drawings of a character, there are {each}")
 
     def sample(self, meta_batch_size: int, generator: torch.Generator) -> Tasks:

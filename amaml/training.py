@@ -7,33 +7,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amaml.alpha_maml import MetaState, init_state, meta_step, summary
+from amaml.alpha_maml import init_state, meta_step
 from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.data import as_device, whole_number
 from amaml.runs import provenance, store
-from amaml.runs.batch import RunBatch, RunInProgress, advance
-from amaml.runs.parts import (
-    Parts,
-    check_alike,
-    described,
-    network_of,
-    own_parts,
-    run_id,
-    samplers_of,
-    seeded_generator,
-)
+from amaml.runs.batch import RunBatch, advance
+from amaml.runs.parts import Parts, check_alike, run_id, seeded_generator
 from amaml.runs.process import keep_freed_memory, stop_signals
-from amaml.runs.run import Run, as_run, as_state, load_run, read_own
-from amaml.tasks import Tasks
+from amaml.runs.run import Run, load_run, resume, save
 
 VARIED = ("alpha", "beta", "hyper_alpha", "hyper_beta", "seed")  # by runs that are made together
 
@@ -115,67 +104,80 @@ def train_together(
         configs: of the runs.
         deadline: a time of `time.monotonic()`, at which what is not finished is left with a
             checkpoint, to be resumed later.
+        out, start, root, device, checkpoint_every, progress: as for `train`.
         parts: `name`, `model`, `sampler`, `validation_sampler`, `loss`, `step`, as for `train`.
 
     Returns:
         The finished runs.
 
     Raises:
-        ValueError: for configs that differ in another field, and as `train`.
+        ValueError, OSError: as `train`; also for configs that differ in another field.
     """
-    configs, where = list(configs), as_device(device)
+    configs, where, made_of = list(configs), as_device(device), Parts(**parts)
     checkpoint_every = whole_number("checkpoint_every", checkpoint_every)
     check_configs(configs)
-    made_of = Parts(**parts)
-    own, name, step = own_parts(made_of), made_of.name, made_of.step
-    parent = None if start is None else load_run(start.folder if isinstance(start, Run) else start)
-    told = {"name": name, "start": parent.id if parent else ""}
-    folders = {config: Path(out) / run_id(config, **told) for config in configs}
-    networks = {config: network_of(config, made_of.model) for config in configs}
-    abouts = {
-        config: told | {"config": asdict(config), "parts": described(own, network)}
-        for config, network in networks.items()
-    }
-
-    def read(some: list[RunConfig], read: bool = True) -> dict[RunConfig, Run]:
-        """Those of the runs that are finished."""
-        saved = {c: read_own(folders[c], abouts[c], where) for c in some}
-        return {
-            c: replace(as_run(c, folders[c], s), read=read)
-            for c, s in saved.items()
-            if s is not None and s[2]["status"] != "running"
-        }
-
-    finished = read(configs)
-    missing = [config for config in configs if config not in finished]
-    samplers = samplers_of(configs[0], made_of, root, where) if missing else None
+    made_of.own()
+    parent = None
+    if start is not None:
+        parent = load_run(start.folder if isinstance(start, Run) else start, device)
+    networks = {config: made_of.network(config).to(where) for config in configs}
+    runs = [begun(config, out, made_of, networks[config], parent) for config in configs]
+    for run in runs:
+        resume(run, where)
+    running = [run for run in runs if run.status == "running"]
+    samplers = made_of.samplers(configs[0], root, where) if running else {}
     with ExitStack() as locks:
-        for folder in sorted(folders[config] for config in missing):  # in one order: no deadlock
+        for folder in sorted(run.folder for run in running):  # in one order: no deadlock
             locks.enter_context(store.lock(folder))
-        finished |= read(missing)  # another process may have made them meanwhile
-        missing = [config for config in missing if config not in finished]
-        for config in finished if progress else ():
-            print(f"{folders[config]} is finished: read, not made again", flush=True)
-        if missing:
-            if where.type == "cpu":
-                keep_freed_memory()
-            check_alike([networks[config] for config in missing])
-            running = [
-                begin(
-                    c, folders[c], abouts[c], networks[c].to(where), samplers, step, where, parent
-                )
-                for c in missing
-            ]
-            structure = networks[missing[0]]  # each run has parameters of its own
+        for run in running:  # another process may have gone on with it meanwhile
+            resume(run, where)
+            run.maker = run.maker if run.read else provenance.environment(where)
+        for run in runs:
+            if progress and run.read:
+                print(f"{run.folder} is finished: read, not made again", flush=True)
+        running = [run for run in running if run.status == "running"]
+        if running:
+            keep_freed_memory()
+            check_alike([networks[run.config] for run in running])
+            structure = networks[running[0].config]  # each run has parameters of its own
             advance_all(running, structure, samplers, made_of, checkpoint_every, deadline, progress)
-    finished |= read(missing, read=False)
-    return [finished[config] for config in configs if config in finished]
+    return [run for run in runs if run.status != "running"]
 
 
-def advance_all(runs, model, samplers, parts, checkpoint_every, deadline, progress) -> None:
+def begun(config: RunConfig, out, parts: Parts, network: nn.Module, parent: Run | None) -> Run:
+    """A run before its first iteration, or at the end of `parent`."""
+    state = init_state(
+        network, config.alpha, config.beta, meta_optimizer=config.meta_optimizer, rule=config.rule
+    )
+    state = parts.step.begin(state, config) if hasattr(parts.step, "begin") else state
+    generator = seeded_generator(config.seed, "training tasks", state.alpha.device).get_state()
+    start = parent.id if parent else ""
+    folder, words = Path(out) / run_id(config, parts.name, start), parts.in_words(network)
+    run = Run(folder, config, state, generator, name=parts.name, start=start, parts=words)
+    if parent is None:
+        return run
+    flat = [store.flatten(some.tensors) for some in (parent, run)]
+    shapes = [{name: value.shape for name, value in tensors.items()} for tensors in flat]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the run in {parent.folder} has another network or meta-optimiser, or was made on "
+            "another kind of device, than the one given"
+        )
+    if parent.iteration >= config.iterations or parent.status in ("diverged", "running"):
+        raise ValueError(
+            f"the run in {parent.folder} ended at iteration {parent.iteration} ({parent.status}); "
+            f"iterations={config.iterations} must be more, and it must be finished, not diverged"
+        )
+    run.state, run.generator, run.metrics = parent.state, parent.generator, parent.metrics
+    run.iteration, run.seconds = parent.iteration, parent.seconds
+    return run
+
+
+def advance_all(
+    running: list[Run], model, samplers: dict, parts: Parts, checkpoint_every, deadline, progress
+) -> None:
     """Advance runs until they are finished, a signal has come, or the deadline."""
-    running, batch = [run for run in runs if run.status == "running"], None
-    bar = progress_bar(running, progress)
+    batch, bar = None, progress_bar(running, progress)
     with stop_signals() as stopped, bar:
         while running and not stopped():
             least = min(run.iteration for run in running)  # what a kill left behind catches up
@@ -183,87 +185,22 @@ def advance_all(runs, model, samplers, parts, checkpoint_every, deadline, progre
             ahead = [run.iteration for run in running if run.iteration > least]
             if batch is None or batch.runs != behind:
                 batch = None  # its memory goes before that of the next is taken
-                batch = RunBatch(behind, model, samplers.train, parts.loss, parts.step)
+                batch = RunBatch(behind, model, samplers, parts)
                 if parts.name and not least:  # what fails in validation fails now
                     batch.validate(batch.load())
             advance(batch, checkpoint_every, ahead)
             for run in behind:
                 if run.config.test_tasks and run.status in ("done", "reached"):
-                    test(run, batch, samplers.test)
+                    batch.add_test_metrics(run)
                 if run.status != "running" or run.iteration % checkpoint_every == 0:
-                    checkpoint(run)
+                    save(run)
             running = [run for run in running if run.status == "running"]
             show(bar, behind[0], running)
             if time.monotonic() > deadline:
                 break
         for run in running:
             if run.iteration:
-                checkpoint(run)  # to be resumed from here
-
-
-def begin(config, folder, about, network, samplers, step, device, parent) -> RunInProgress:
-    """A run at its start, or where its checkpoint left it. Its folder must be locked."""
-    generator = seeded_generator(config.seed, "validation tasks", device)
-    validation = samplers.validation.sample(config.validation_tasks, generator)
-    if not isinstance(validation, Tasks):
-        raise TypeError(f"sampler must give amaml.Tasks, not {type(validation).__name__}")
-    state = init_state(network, config.alpha, config.beta, meta_optimizer=config.meta_optimizer)
-    state = step.begin(state, config) if hasattr(step, "begin") else state
-    generator = seeded_generator(config.seed, "training tasks", device)
-    about = about | {"maker": provenance.environment(device)}
-    run = RunInProgress(config, folder, about, validation, generator, state, pd.DataFrame())
-    saved = read_own(folder, about, device)
-    if saved is not None:
-        run.status = saved[2]["status"]
-    elif parent is not None:
-        saved = store.read_run(parent.folder, device)
-        check_start(parent, state, config)
-    if saved is not None:
-        tensors, run.metrics, found = saved
-        run.state, run.iteration = as_state(tensors), found["iteration"]
-        run.seconds = found["seconds"]
-        try:
-            generator.set_state(tensors["generator"].cpu())
-        except RuntimeError as error:
-            raise ValueError(
-                f"the run in {folder} was begun on another kind of device than {device} and draws "
-                "other tasks there; go on with it there, or give another out"
-            ) from error
-    return run
-
-
-def check_start(parent: Run, state: MetaState, config: RunConfig) -> None:
-    """ValueError where a run cannot go on from another one's end."""
-    shapes = [
-        {name: tuple(value.shape) for name, value in store.flatten(s._asdict()).items()}
-        for s in (parent.state, state)
-    ]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"the run in {parent.folder} has another network or meta-optimiser than the one given"
-        )
-    if parent.iteration >= config.iterations or parent.status in ("diverged", "running"):
-        raise ValueError(
-            f"the run in {parent.folder} ended at iteration {parent.iteration} ({parent.status}); "
-            f"iterations={config.iterations} must be more, and it must be finished, not diverged"
-        )
-
-
-def test(run: RunInProgress, batch: RunBatch, sampler) -> None:
-    """Measure a finished run on tasks of the test characters, which nothing was chosen by."""
-    config = run.config
-    generator = seeded_generator(config.seed, "test tasks", run.state.alpha.device)
-    tasks = sampler.sample(config.test_tasks, generator)
-    steps, loss = config.test_inner_steps, batch.loss
-    for name, value in summary(batch.measure(batch.model, run.state, tasks, steps, loss)).items():
-        run.metrics.loc[run.metrics.index[-1], name.replace("query", "test")] = value
-
-
-def checkpoint(run: RunInProgress) -> None:
-    """Write the run's file as the run is now."""
-    tensors = {"state": run.state._asdict(), "generator": run.generator.get_state()}
-    about = {"status": run.status, "iteration": run.iteration, "seconds": round(run.seconds, 3)}
-    store.write_run(run.folder, tensors, run.metrics, run.about | about)
+                save(run)  # to be resumed from here
 
 
 def check_configs(configs: list[RunConfig]) -> None:
@@ -284,7 +221,7 @@ def shared_fields(config: RunConfig) -> RunConfig:
     return replace(config, **{field: getattr(default, field) for field in VARIED})
 
 
-def progress_bar(running: list[RunInProgress], progress: bool) -> tqdm:
+def progress_bar(running: list[Run], progress: bool) -> tqdm:
     one = running[0].folder.name if len(running) == 1 else f"{len(running)} runs"
     iterations = running[0].config.iterations if running else 0
     done = min((run.iteration for run in running), default=0)
@@ -292,7 +229,7 @@ def progress_bar(running: list[RunInProgress], progress: bool) -> tqdm:
     return tqdm(desc=one, disable=not progress, **options)
 
 
-def show(bar: tqdm, first: RunInProgress, running: list[RunInProgress]) -> None:
+def show(bar: tqdm, first: Run, running: list[Run]) -> None:
     """Advance the progress line; show the first run's numbers."""
     row = first.metrics.iloc[-1]
     shown = [name for name in ("query_loss", "query_accuracy", "alpha", "beta") if name in row]

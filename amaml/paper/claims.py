@@ -1,4 +1,9 @@
-"""What the paper's claims are judged by: MAML and Alpha MAML compared, and intervals over seeds."""
+"""The statistics that the paper's claims are held against: shares, best of k, paired effects.
+
+Each statistic takes the final losses of the runs as arrays whose last axis is the starts, so that
+`interval` can resample them. A loss is capped at `CAP` times that of guessing, and a run that
+diverged counts as the cap.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,130 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
+from amaml.paper.records import final_validation
+from amaml.paper.settings import THRESHOLD
+
+CAP = 3.0  # in units of the loss of guessing
+WINDOW = 50  # iterations at the end of a run whose validations are its final loss
+RESAMPLES = 2000  # of the starts or seeds
+MOST_TRIALS = 1024  # that are tried for `trials_worth`
 COMPARED = ("won", "faster", "same", "slower", "lost", "neither")
 START = ["alpha_0", "beta_0"]
-RESAMPLES = 10_000  # where all resamples of the seeds would be more
+Interval = tuple[float, float, float]  # a value and its 95 % interval: (value, low, high)
+
+
+def final_losses(table: pd.DataFrame, guessing: float, by: str = "variant") -> pd.DataFrame:
+    """One row per start and one column per line of an experiment: the capped final losses.
+
+    Args:
+        table: records with the columns `start` and `by`.
+        guessing: the loss of a guess: ln N for N-way tasks.
+        by: the column that tells the lines apart.
+
+    Returns:
+        Losses of the starts from which every line has its run; with a line of fewer starts, select
+        the columns of `table` first.
+    """
+    ends = final_validation(table, WINDOW)
+    ends["loss"] = ends["validation_loss"].fillna(np.inf).clip(upper=CAP * guessing)
+    return ends.pivot(index="start", columns=by, values="loss")
+
+
+def share_below(losses: np.ndarray, x: float = THRESHOLD, axis: int = -1) -> np.ndarray:
+    """The share of losses that are at most x: a performance profile, as a function of x."""
+    return np.mean(np.asarray(losses) <= x, axis=axis)
+
+
+def expected_best(losses: np.ndarray, k: int | np.ndarray, axis: int = -1) -> np.ndarray:
+    """The expected least loss of k runs drawn from these with replacement, exactly.
+
+    Equation 1 of Dodge et al. (2019), "Show Your Work": the least of k is at most the i-th of N
+    sorted losses with probability 1 - (1 - i/N)^k.
+    """
+    losses = np.sort(np.moveaxis(np.asarray(losses, dtype=float), axis, -1), axis=-1)
+    above = 1 - np.arange(losses.shape[-1] + 1) / losses.shape[-1]
+    return -(losses * np.diff(above ** np.expand_dims(k, -1))).sum(-1)
+
+
+def share_better(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The share of starts from which `ours` ends lower; an equal loss counts half."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    return np.mean((ours < theirs) + 0.5 * (ours == theirs), axis=axis)
+
+
+def loss_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The geometric mean over the starts of the ratio of two final losses."""
+    return np.exp(np.mean(np.log(ours) - np.log(theirs), axis=axis))
+
+
+def trials_worth(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+    """How many trials of `theirs` one run of `ours` is worth: the least k whose expected best is at
+    most the expected loss of one run; MOST_TRIALS where that many do not reach it."""
+    goal = np.mean(ours, axis=axis)
+    low, high = np.ones_like(goal, dtype=int), np.full_like(goal, MOST_TRIALS, dtype=int)
+    while np.any(low < high):  # by bisection: the expected best falls with k
+        middle = (low + high) // 2
+        enough = expected_best(theirs, middle, axis) <= goal
+        low, high = (
+            np.where(enough, low, np.minimum(middle + 1, high)),
+            np.where(enough, middle, high),
+        )
+    return low.astype(float)
+
+
+def interval(statistic: Callable, *losses: np.ndarray | pd.Series) -> Interval:
+    """A statistic of paired losses with its 95 % percentile bootstrap interval over the starts.
+
+    The starts are resampled together for all arguments. For fewer than two starts the interval is
+    not a number; where all resamples agree it is that one value.
+    """
+    samples = [np.asarray(values, dtype=float) for values in losses]
+    value = float(statistic(*samples))
+    if len(samples[0]) < 2:
+        return value, np.nan, np.nan
+    result = stats.bootstrap(
+        samples, statistic, n_resamples=RESAMPLES, paired=True, vectorized=True,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    low, high = result.confidence_interval
+    return value, float(low), float(high)
+
+
+def format_interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
+    """A number with its interval, as it stands in a table."""
+    if np.isnan(low):
+        return form.format(value) + " (no interval)"
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+
+
+def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:
+    """Every line of an experiment beside one of them, paired by start, as text with intervals.
+
+    Args:
+        losses: as from `final_losses`; the starts of the frame, so select a region's rows first.
+        against: the column that the others are compared with.
+
+    Returns:
+        One row per line: the number of `starts` that both have, `share <= 1.0`, `expected loss`,
+        `ends lower` than `against`, `loss ratio` to it, the `trials` of it that one run is worth.
+    """
+    rows = {}
+    for line in losses:
+        pair = losses[list(dict.fromkeys([line, against]))].dropna()
+        ours, theirs = pair[line], pair[against]
+        row = {
+            "starts": len(pair),
+            f"share <= {THRESHOLD}": format_interval(*interval(share_below, ours)),
+            "expected loss": format_interval(*interval(np.mean, ours)),
+        }
+        if line != against and len(pair):
+            row["ends lower"] = format_interval(*interval(share_better, ours, theirs))
+            row["loss ratio"] = format_interval(*interval(loss_ratio, ours, theirs))
+            row["trials"] = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
+        rows[line] = row
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 
 def compare(counted: pd.DataFrame, on: list[str] = START) -> pd.DataFrame:
@@ -44,23 +169,16 @@ def bootstrap_interval(
     to chance. For one seed, or a statistic that some resample does not have, the interval is NaN.
     """
     n, value = len(by_seed), float(statistic(by_seed))
-    if n**n <= RESAMPLES:
+    if n**n <= 10_000:
         drawn = list(product(range(n), repeat=n))
     else:
-        drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n)).tolist()
+        drawn = np.random.default_rng(0).integers(n, size=(10_000, n)).tolist()
     resampled = [float(statistic(by_seed.iloc[list(rows)])) for rows in drawn]
     if n < 2 or np.isnan(resampled).any():
         return value, np.nan, np.nan
     # An observed value each, since a loss can be infinite
     low, high = np.percentile(resampled, (2.5, 97.5), method="inverted_cdf")
     return value, float(low), float(high)
-
-
-def format_interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
-    """A number with its interval, as it stands in a table."""
-    if np.isnan(low):
-        return form.format(value) + " (no interval)"
-    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
 
 
 def longest_streak(good: pd.Series) -> list[float]:
@@ -74,6 +192,14 @@ def longest_streak(good: pd.Series) -> list[float]:
 def powers_of_ten(rates: list[float]) -> float:
     """How many powers of ten rates span, from the first to the last; NaN where there are none."""
     return round(float(np.log10(rates[-1] / rates[0])), 1) if rates else np.nan
+
+
+def region(alpha_0: pd.Series, beta_0: pd.Series) -> pd.Series:
+    """Where a start lies: "too large" with a rate above 1, else "too small" with one below 0.01,
+    else "between"."""
+    largest, smallest = np.maximum(alpha_0, beta_0), np.minimum(alpha_0, beta_0)
+    places = np.select([largest > 1, smallest < 0.01], ["too large", "too small"], "between")
+    return pd.Series(places, index=alpha_0.index)
 
 
 def accuracies(table: pd.DataFrame) -> pd.DataFrame:

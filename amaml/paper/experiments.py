@@ -11,7 +11,7 @@ import torch
 from torch.quasirandom import SobolEngine
 
 from amaml.config import RunConfig
-from amaml.paper import rivals, settings
+from amaml.paper import rivals, settings, sinusoids
 from amaml.paper.settings import HYPER_RATE, PROFILES, Pair
 
 MAML: Pair = (0.0, 0.0)  # its hyper rates
@@ -23,6 +23,7 @@ PARTS: dict[str, dict] = {
     "frozen": {"step": rivals.FrozenRates()},
     "Meta-SGD": {"step": rivals.LearnedRates(per_element=True)},
     "LSLR": {"step": rivals.LearnedRates(per_element=False)},
+    "sinusoids": sinusoids.PARTS,
 }
 
 
@@ -40,7 +41,8 @@ def planned(
     """One run of a profile from (alpha, beta); hyper rates of 0 are MAML, or a rival in PARTS."""
     names = ("alpha", "beta", "hyper_alpha", "hyper_beta")
     rates = dict(zip(names, (*start, *hyper_rates), strict=True))
-    method = {"method": "Alpha MAML" if any(hyper_rates) else parts or "MAML"}
+    rival = parts if "step" in PARTS.get(parts, {}) else ""
+    method = {"method": "Alpha MAML" if any(hyper_rates) else rival or "MAML"}
     return PlannedRun(method | labels, RunConfig(**PROFILES[profile] | rates | fields), parts)
 
 
@@ -76,7 +78,7 @@ def trials(figure: str, profile: str) -> list[PlannedRun]:
     """Short runs on a seed of their own, by which the hyper rates were chosen."""
     cases = settings.ADAM_CASES if figure == "adam_hyper_rates" else settings.CASES
     chosen = [(case, cases[case]) for case in ("good", "too small")]
-    return behaviour(figure, profile, chosen, settings.TRIED_HYPER_RATES[figure])
+    return behaviour(figure, profile, chosen, settings.TRIAL_HYPER_RATES[figure])
 
 
 def too_large(figure: str, profile: str) -> list[PlannedRun]:
@@ -159,48 +161,83 @@ def log_uniform(n: int, seed: int, first: Pair, second: Pair) -> list[Pair]:
     return [(between(*first, u), between(*second, v)) for u, v in points.tolist()]
 
 
+class Line(NamedTuple):
+    """One method, from every start."""
+
+    variant: str  # its name among the lines of an experiment
+    starts: list[Pair]  # (alpha_0, beta_0)
+    hyper_rates: list[Pair]  # one for each start
+    optimizer: str = "sgd"
+    parts: str = ""
+    method: str = ""  # where it is neither MAML nor Alpha MAML nor named by `parts`
+    rule: str = "additive"
+
+
+def lines_of(figure: str, n: int) -> list[Line]:
+    """The methods of an experiment, from the same `n` starts."""
+    stream = settings.STREAM.get(figure, 0)
+    sgd = log_uniform(n, stream, settings.RATES, settings.RATES)
+    adam = log_uniform(n, stream, settings.RATES, settings.ADAM_BETAS)
+    if figure == "choice":
+        tried = [(rate, rate) for rate in settings.TRIED_HYPER_RATES]
+        with_adam = [(HYPER_RATE, rate) for rate in settings.TRIED_WITH_ADAM]
+        return [
+            Line("plain", sgd, [MAML] * n),
+            *(Line(f"h = {pair[1]:g}", sgd, [pair] * n) for pair in tried),
+            Line("Adam", adam, [MAML] * n, "adam"),
+            *(Line(f"Adam, h = {pair[1]:g}", adam, [pair] * n, "adam") for pair in with_adam),
+        ]
+    drawn = log_uniform(n, 1, settings.DRAWN_HYPER_RATES, settings.DRAWN_HYPER_RATES)
+    constants = log_uniform(n, 1, settings.DRAWN_CONSTANTS, settings.DRAWN_CONSTANTS)
+    narrow = log_uniform(n, 1, settings.NARROW_HYPER_RATES, settings.NARROW_HYPER_RATES)
+    nudged = [(alpha * (1 + 1e-6), beta) for alpha, beta in sgd]
+    parts = "sinusoids" if figure == "starts_sinusoids" else ""
+    lines = [
+        Line("plain", sgd, [MAML] * n, parts=parts),
+        Line("h = 0.001", sgd, [(1e-3, 1e-3)] * n, parts=parts),
+        Line("h drawn", sgd, drawn, parts=parts),
+        Line("null", nudged, [MAML] * n, parts=parts),
+        Line("scale-free", sgd, [(1.0, 1.0)] * n, parts=parts, rule="scale-free"),
+        Line("scale-free, drawn", sgd, constants, rule="scale-free"),
+        Line("h drawn narrowly", sgd, narrow),
+        Line("h = 0.01", sgd, [(1e-2, 1e-2)] * n),
+        Line("h = 0.0001", sgd, [(1e-4, 1e-4)] * n),
+        Line("h = 0.1", sgd, [(0.1, 0.1)] * n),
+        Line("alpha alone", sgd, [(HYPER_RATE, 0.0)] * n),
+        Line("beta alone", sgd, [(0.0, HYPER_RATE)] * n),
+        Line("Adam", adam, [MAML] * n, "adam"),
+        Line("Adam, adapted", adam, [settings.ADAM_HYPER_RATES] * n, "adam"),
+        # With plain descent a scalar alpha that the meta-optimiser learns is this
+        Line("learned alpha", sgd, [(beta, 0.0) for _, beta in sgd], method="learned alpha"),
+        Line("frozen", sgd, [ALPHA_MAML] * n, parts="frozen"),
+        Line("Meta-SGD", sgd, [MAML] * n, parts="Meta-SGD"),
+        Line("LSLR", sgd, [MAML] * n, parts="LSLR"),
+    ]
+    everywhere = [line for line in lines if line.variant in settings.ELSEWHERE]
+    return lines if figure == "starts" else everywhere
+
+
 def random_starts(figure: str, profile: str) -> list[PlannedRun]:
     """All methods from random starts (alpha_0, beta_0), paired by start, seed and tasks.
 
     In blocks, so that a part of them is an experiment: the first starts of every method, the next
     of all but the slow ones, then the rest of the main ones.
     """
-    first, last = settings.N_STARTS[profile]
-    sgd = log_uniform(last, 0, settings.RATES, settings.RATES)
-    adam = log_uniform(last, 0, settings.RATES, settings.ADAM_BETAS)
-    drawn = log_uniform(last, 1, settings.DRAWN_HYPER_RATES, settings.DRAWN_HYPER_RATES)
-    nudged = [(alpha * (1 + 1e-6), beta) for alpha, beta in sgd]
-    lines = (
-        ("plain", sgd, [MAML] * last, ""),
-        ("h = 0.001", sgd, [(1e-3, 1e-3)] * last, ""),
-        ("h drawn", sgd, drawn, ""),
-        ("null", nudged, [MAML] * last, ""),
-        ("h = 0.01", sgd, [(1e-2, 1e-2)] * last, ""),
-        ("h = 0.0001", sgd, [(1e-4, 1e-4)] * last, ""),
-        ("h = 0.1", sgd, [(0.1, 0.1)] * last, ""),
-        ("alpha alone", sgd, [(HYPER_RATE, 0.0)] * last, ""),
-        ("beta alone", sgd, [(0.0, HYPER_RATE)] * last, ""),
-        ("Adam", adam, [MAML] * last, ""),
-        ("Adam", adam, [settings.ADAM_HYPER_RATES] * last, ""),
-        # With plain descent a scalar alpha that the meta-optimiser learns is this
-        ("learned alpha", sgd, [(beta, 0.0) for _, beta in sgd], ""),
-        ("frozen", sgd, [ALPHA_MAML] * last, "frozen"),
-        ("Meta-SGD", sgd, [MAML] * last, "Meta-SGD"),
-        ("LSLR", sgd, [MAML] * last, "LSLR"),
-    )
-    slow = settings.N_SLOW_STARTS[profile]
-    fast_lines = [line for line in lines if line[0] not in settings.SLOW_VARIANTS]
-    main = [line for line in lines if line[0] in settings.MAIN_VARIANTS]
+    slow, first, last = settings.N_STARTS[figure][profile]
+    lines = lines_of(figure, last)
+    fast_lines = [line for line in lines if line.variant not in settings.SLOW]
+    main = [line for line in lines if line.variant in settings.MAIN]
     blocks = ((range(slow), lines), (range(slow, first), fast_lines), (range(first, last), main))
     fields, _ = fields_and_seeds(figure, profile)
     runs = []
     for numbers, of_lines in blocks:
-        for (variant, starts, hyper_rates, parts), i in product(of_lines, numbers):
-            labels = {"variant": variant, "start": i}
-            labels |= {"method": variant} if variant == "learned alpha" else {}
-            own = fields | {"seed": settings.FIRST_SEED + i}
-            own["meta_optimizer"] = "adam" if starts is adam else "sgd"
-            runs.append(planned(profile, starts[i], hyper_rates[i], labels, parts, **own))
+        for line, i in product(of_lines, numbers):
+            labels = {"variant": line.variant, "start": i}
+            labels |= {"method": line.method} if line.method else {}
+            seed = settings.FIRST_SEED.get(figure, 1000) + i
+            own = fields | {"seed": seed, "meta_optimizer": line.optimizer, "rule": line.rule}
+            start, rates = line.starts[i], line.hyper_rates[i]
+            runs.append(planned(profile, start, rates, labels, line.parts, **own))
     return runs
 
 
@@ -211,6 +248,7 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "hyper_rates": trials,
     "adam_hyper_rates": trials,
     "too_large": too_large,
+    "choice": random_starts,
     "appendix_1": behaviour,  # 5-way 5-shot
     "appendix_2": behaviour,  # 20-way 1-shot
     "appendix_3": grid,  # 5-way 5-shot
@@ -223,6 +261,11 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "accuracy": accuracy,
     "accuracy_settings": accuracy,
     "starts": random_starts,
+    "starts_glyphs": random_starts,
+    "starts_sinusoids": random_starts,
+    "starts_5_steps": random_starts,
+    "starts_5_shot": random_starts,
+    "starts_20_way": random_starts,
 }
 
 
@@ -236,7 +279,7 @@ def runs_of(figure: str, profile: str) -> list[PlannedRun]:
 
 def max_rows(figure: str) -> int:
     """How many rows of each run of a figure are published, at most."""
-    if figure == "starts":
+    if figure in settings.N_STARTS:
         return settings.MAX_ROWS_OF_A_START
-    counts = "threshold" in settings.FIELDS.get(figure, {})
+    counts = settings.FIELDS.get(figure, {}).get("validation_every") == 5
     return settings.MAX_ROWS_IN_A_GRID if counts else settings.MAX_ROWS

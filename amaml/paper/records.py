@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from amaml.config import NUMERICS
 from amaml.paper import experiments, settings
 from amaml.runs.parts import run_id
 from amaml.runs.store import lock, write_atomically
@@ -47,9 +48,11 @@ def figure_records(
     minutes: float | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The table that a figure is drawn from: its published records, after training what is missing.
+    """A figure's published records, after training what is missing.
 
-    Runs are published as they finish, in the place of older records of the same runs.
+    Runs are published as they finish, in the place of older records of the same runs. Records of
+    another version of the numerics are not mixed with them: their runs count as missing, and they
+    go as the first new run comes.
 
     Args:
         figure: a name in `experiments.FIGURES`.
@@ -67,8 +70,8 @@ def figure_records(
         raise TypeError(f"retrain={retrain!r}: must be True or False")
     planned = experiments.runs_of(figure, profile)
     labels = {run_id(plan.config, plan.parts): plan.labels for plan in planned}
-    table, _ = read_records(figure, profile, folder)
-    table = table[table["run"].isin(labels)]
+    table, made_by = read_records(figure, profile, folder)
+    table = table[table["run"].isin(present_runs(made_by) & set(labels))]
     finished = set() if retrain else set(table["run"])
     missing = [plan for plan in planned if run_id(plan.config, plan.parts) not in finished]
     if missing and profile in settings.MADE_ON_GPU and device == "cpu" and minutes is None:
@@ -116,6 +119,31 @@ def figure_records(
     return table.reset_index(drop=True)
 
 
+def load(figure: str, profile: str, retrain: bool = False) -> pd.DataFrame:
+    """The table that a chapter draws a figure from.
+
+    Profile "quick" trains what is missing first. The others' records are committed, finished or
+    under way, and are taken as they are, unless `retrain` says to make them again.
+
+    Raises:
+        FileNotFoundError: where a profile has no records of the figure.
+    """
+    if profile == "quick" or retrain:
+        return figure_records(figure, profile, retrain=retrain)
+    table, _ = read_records(figure, profile)
+    if table.empty:
+        raise FileNotFoundError(
+            f"{figure} has no records of profile {profile}; make them with "
+            f"`python -m amaml.paper --figure {figure} --profile {profile}`"
+        )
+    return table
+
+
+def present_runs(made_by: list[dict]) -> set[str]:
+    """The runs that were made by the present version of the numerics."""
+    return {run for batch in made_by if batch["numerics"] == NUMERICS for run in batch["runs"]}
+
+
 def subsample(metrics: pd.DataFrame, max_rows: int) -> pd.DataFrame:
     """At most about `max_rows` rows of a run: evenly spaced ones, the first, the last, and all that
     hold a validation (of which there must be few: they are what figures are judged by)."""
@@ -129,14 +157,15 @@ def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:
     """One row per run: its last `window` iterations in one number each.
 
     Returns:
-        The columns that are constant within a run (labels, config, status), `validation_loss` and
-        `validation_accuracy` as means over the validations in the window, and the last `alpha` and
-        `beta`. The loss of a run that diverged is infinite.
+        The columns that are constant within a run (labels, config, status), the validation's
+        metrics as means over the validations in the window, and the last `alpha` and `beta`. The
+        loss of a run that diverged is infinite.
     """
     ends = table.groupby("run", sort=False)["iteration"].transform("max")
     last = table[table["iteration"] > ends - window].groupby("run", sort=False)
     summary = last.first()
-    means = last[["validation_loss", "validation_accuracy"]].mean()
+    metrics = [name for name in table if name in ("validation_loss", "validation_accuracy")]
+    means = last[metrics].mean()
     means.loc[summary["status"] == "diverged", "validation_loss"] = math.inf
     return summary.assign(**means, alpha=last["alpha"].last(), beta=last["beta"].last())
 
@@ -157,7 +186,7 @@ def publish_runs(
         runs: finished runs.
         tables: the rows of each that are published, with its id in the column `run`.
         order: the ids of all runs of the figure: the table is sorted by it, and runs that are no
-            longer in it are dropped.
+            longer in it are dropped, as are those of another version of the numerics.
 
     Returns:
         The figure's table.
@@ -166,7 +195,7 @@ def publish_runs(
     new = {run.id for run in runs}
     with lock(folder):
         table, made_by = read_records(figure, profile, folder)
-        kept = table[table["run"].isin(places) & ~table["run"].isin(new)]
+        kept = table[table["run"].isin(present_runs(made_by) & set(places) - new)]
         table = pd.concat([some for some in (kept, *tables) if len(some)], ignore_index=True)
         table = table.sort_values("run", key=lambda ids: ids.map(places), kind="stable")
         still = set(kept["run"])

@@ -26,8 +26,9 @@ Pair = tuple[float, float]
 CASES: dict[str, Pair] = {"good": (0.4, 0.3), "too small": (1e-3, 1e-3), "too large": (0.4, 3.0)}
 FAR_TOO_LARGE: dict[str, Pair] = {"far too large": (100.0, 0.3)}
 HYPER_RATE = 1e-3  # of alpha and of beta, in all figures that do not vary it
-ONE, SEEDS, TRIAL = (0,), (0, 1, 2), (100,)  # seeds; TRIAL: that no figure shows
-FIGURE_1_SEEDS = {"quick": SEEDS, "medium": SEEDS, "paper": (0, 1, 2, 3, 4)}
+ONE, SEEDS, FIVE_SEEDS = (0,), (0, 1, 2), (0, 1, 2, 3, 4)
+TRIAL = (100,)  # a seed that no figure shows
+FIGURE_1_SEEDS = {"quick": SEEDS, "medium": FIVE_SEEDS, "paper": FIVE_SEEDS}
 
 # With Adam beta is the step of each parameter, so other rates are good, too small and too large.
 ADAM_CASES: dict[str, Pair] = {
@@ -39,7 +40,7 @@ ADAM_HYPER_RATES = (HYPER_RATE, 1e-5)
 
 # Trials, on the seed TRIAL: of hyper rates (with Adam of beta's), of too large starts
 TRIALS = ("hyper_rates", "adam_hyper_rates", "too_large")
-TRIED_HYPER_RATES = {
+TRIAL_HYPER_RATES = {
     "hyper_rates": [(1e-4, 1e-4), (1e-3, 1e-3), (1e-2, 1e-2)],
     "adam_hyper_rates": [(HYPER_RATE, rate) for rate in (1e-7, 1e-6, 1e-5, 1e-4)],
 }
@@ -54,7 +55,7 @@ TOO_LARGE = (
 THRESHOLD = 1.0
 
 # What sets the runs of a figure apart from those of Figure 1, in every profile
-COUNTING = {"threshold": THRESHOLD, "validation_every": 5}
+COUNTING = {"validation_every": 5}
 FIVE_SHOT = {"k_shot": 5, "k_query": 5}
 FULL_LENGTH = {"validation_every": 100}
 FIELDS: dict[str, dict] = {
@@ -70,7 +71,11 @@ FIELDS: dict[str, dict] = {
     "appendix_7": {"meta_optimizer": "adam"},
     "accuracy": FULL_LENGTH,
     "accuracy_settings": FULL_LENGTH,
-    "starts": {"validation_every": 10},
+    "starts_glyphs": {"data": "glyphs"},
+    "starts_sinusoids": {"k_shot": 10, "k_query": 10},
+    "starts_5_steps": {"inner_steps": 5},
+    "starts_5_shot": FIVE_SHOT,
+    "starts_20_way": {"n_way": 20},
 }
 
 # Their sizes by profile: meta-batch, iterations at most, validation tasks, seeds. The medium ones
@@ -78,32 +83,38 @@ FIELDS: dict[str, dict] = {
 SIZES = {
     figure: dict(zip(PROFILES, sizes, strict=True))
     for figure, sizes in {
-        "figures_2_3": ((8, 70, 32, (0, 1)), (8, 200, 32, SEEDS), (32, 1000, 64, SEEDS)),
+        "figures_2_3": ((8, 70, 32, (0, 1)), (8, 200, 32, FIVE_SEEDS), (32, 1000, 64, FIVE_SEEDS)),
         "adam_hyper_rates": ((8, 60, 32, TRIAL), (8, 100, 32, TRIAL), (32, 100, 64, TRIAL)),
         "appendix_1": ((4, 40, 16, ONE), (8, 200, 16, SEEDS), (32, 2000, 64, SEEDS)),
-        "appendix_2": ((4, 40, 16, ONE), (8, 200, 16, ONE), (16, 2000, 64, SEEDS)),
-        "appendix_3": ((4, 20, 16, ONE), (4, 100, 16, ONE), (16, 500, 64, ONE)),
-        "appendix_4": ((8, 40, 32, ONE), (8, 200, 32, ONE), (32, 1000, 64, SEEDS)),
-        "appendix_5": ((8, 60, 32, ONE), (8, 400, 32, ONE), (32, 4000, 64, ONE)),
-        "appendix_6": ((4, 40, 32, ONE), (8, 200, 32, ONE), (32, 2000, 64, SEEDS)),
+        "appendix_2": ((4, 40, 16, ONE), (8, 200, 16, SEEDS), (16, 2000, 64, SEEDS)),
+        "appendix_3": ((4, 20, 16, ONE), (4, 100, 16, SEEDS), (16, 500, 64, SEEDS)),
+        "appendix_4": ((8, 40, 32, ONE), (8, 200, 32, SEEDS), (32, 1000, 64, SEEDS)),
+        "appendix_5": ((8, 60, 32, ONE), (8, 400, 32, SEEDS), (32, 4000, 64, SEEDS)),
+        "appendix_6": ((4, 40, 32, ONE), (8, 200, 32, SEEDS), (32, 2000, 64, SEEDS)),
         "appendix_7": ((8, 60, 32, ONE), (8, 300, 32, SEEDS), (32, 3000, 64, SEEDS)),
-        "accuracy": ((4, 20, 16, ONE), (8, 1000, 32, ONE), (32, 60_000, 64, SEEDS)),
+        "accuracy": ((4, 20, 16, ONE), (32, 60_000, 64, (0, 1)), (32, 60_000, 64, SEEDS)),
         "accuracy_settings": ((4, 10, 8, ONE), (4, 200, 16, ONE), (16, 60_000, 64, SEEDS)),
         "starts": ((4, 40, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
+        "choice": ((4, 40, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
+        "starts_glyphs": ((4, 40, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
+        "starts_sinusoids": ((8, 100, 64, ()), (8, 400, 64, ()), (8, 400, 64, ())),
+        "starts_5_steps": ((4, 20, 16, ()), (4, 100, 16, ()), (32, 1000, 64, ())),
+        "starts_5_shot": ((4, 20, 16, ()), (4, 100, 16, ()), (32, 1000, 64, ())),
+        "starts_20_way": ((4, 20, 16, ()), (4, 100, 16, ()), (16, 1000, 64, ())),
     }.items()
 }
 
 # The grids by profile and figure: their rates, each as alpha_0 and as beta_0, and their hyper
 # rates, each that of alpha and of beta alike
-FOUR = (1e-3, 1e-2, 0.1, 0.5)
+FOUR = (1e-3, 1e-2, 0.1, 1.0)
 FIVE = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
-SEVEN = (1e-4, 4.6e-4, 2.2e-3, 1e-2, 4.6e-2, 0.22, 1.0)
-NINE = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 0.1, 0.32, 1.0)
-WIDE = (1e-4, 1e-3, 1e-2, 0.1)
+SEVEN = (1e-4, 6.8e-4, 4.6e-3, 3.2e-2, 0.22, 1.5, 10.0)
+ELEVEN = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 0.1, 0.32, 1.0, 3.2, 10.0)
+WIDE = (1e-4, 1e-3, 1e-2)
 GRIDS: dict[str, dict[str, tuple]] = {
     "quick": {"figures_2_3": (FOUR, (1e-3, 1e-2)), "appendix_3": (FOUR, (1e-3,))},
     "medium": {"figures_2_3": (SEVEN, WIDE), "appendix_3": (FIVE, (1e-3, 1e-2))},
-    "paper": {"figures_2_3": (NINE, WIDE), "appendix_3": (SEVEN, (1e-3, 1e-2))},
+    "paper": {"figures_2_3": (ELEVEN, WIDE), "appendix_3": (SEVEN, (1e-3, 1e-2))},
 }
 VARIED_HYPER_RATES = {
     "quick": (0.0, 1e-4, 1e-3, 1e-2),
@@ -126,8 +137,26 @@ PUBLISHED = (2.0, 1e-3)
 RATES = (1e-4, 10.0)
 ADAM_BETAS = (1e-6, 0.1)
 DRAWN_HYPER_RATES = (1e-5, 1.0)
-FIRST_SEED = 1000  # of the starts: apart from those that hyper rates were chosen by
-N_STARTS = {"quick": (12, 12), "medium": (128, 256), "paper": (256, 1024)}  # of all, of the main
-MAIN_VARIANTS = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")
-SLOW_VARIANTS = ("Meta-SGD", "LSLR")  # without the fast passes
-N_SLOW_STARTS = {"quick": 4, "medium": 64, "paper": 256}
+TRIED_HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of alpha and of beta alike
+TRIED_WITH_ADAM = (1e-7, 1e-6, 1e-5, 1e-4)  # of beta; that of alpha is HYPER_RATE
+# The seed of the first start and the stream of the starts: what is chosen is chosen on starts and
+# seeds of its own
+FIRST_SEED, STREAM = {"choice": 100_000}, {"choice": 2}
+# How many starts in each profile: of the slow methods, of all others, of the main ones
+N_STARTS = {
+    figure: dict(zip(PROFILES, numbers, strict=True))
+    for figure, numbers in {
+        "starts": ((4, 12, 12), (64, 128, 256), (256, 256, 1024)),
+        "choice": ((0, 4, 4), (0, 32, 32), (0, 32, 32)),
+        "starts_glyphs": ((0, 4, 4), (0, 64, 64), (0, 64, 64)),
+        "starts_sinusoids": ((0, 8, 8), (0, 64, 64), (0, 256, 256)),
+        "starts_5_steps": ((0, 4, 4), (0, 64, 64), (0, 64, 64)),
+        "starts_5_shot": ((0, 4, 4), (0, 32, 32), (0, 64, 64)),
+        "starts_20_way": ((0, 4, 4), (0, 32, 32), (0, 64, 64)),
+    }.items()
+}
+DRAWN_CONSTANTS = (0.1, 10.0)  # of the scale-free rule
+NARROW_HYPER_RATES = (1e-4, 1e-2)  # as wide, around HYPER_RATE
+MAIN = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")  # lines with more starts than others
+SLOW = ("Meta-SGD", "LSLR")  # without the fast passes
+ELSEWHERE = ("plain", "h = 0.001", "h drawn", "null", "scale-free")  # beside the main setting

@@ -1,4 +1,4 @@
-"""Counting iterations until a run's validation loss is first at most its threshold.
+"""Counting iterations until a run's validation loss is first at most the threshold.
 
 A run that never gets there has no such number: it is "not reached", or "diverged".
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from amaml.paper.settings import THRESHOLD
+
 OUTCOMES = ("reached", "not reached", "diverged")  # from the best to the worst
 HYPER_RATES = ["hyper_alpha", "hyper_beta"]
 CELL = ["alpha_0", "beta_0", *HYPER_RATES]
 
 
 def until_threshold(table: pd.DataFrame) -> pd.DataFrame:
-    """When the validation loss of each run was first at most its threshold.
+    """When the validation loss of each run was first at most THRESHOLD.
 
     Args:
         table: A figure's records, one row per logged iteration.
@@ -25,7 +27,7 @@ def until_threshold(table: pd.DataFrame) -> pd.DataFrame:
         and empty elsewhere.
     """
     runs = table.groupby("run", sort=False).first()
-    below = table[table["validation_loss"] <= table["threshold"]]
+    below = table[table["validation_loss"] <= THRESHOLD]
     first = below.groupby("run")["iteration"].min().reindex(runs.index)
     missed = np.where(runs["status"] == "diverged", "diverged", "not reached")
     return runs.assign(reached_at=first, outcome=np.where(first.notna(), "reached", missed))

@@ -1,12 +1,11 @@
-"""Runs in progress, and how a batch of them is advanced without waiting for the device."""
+"""How a batch of runs is advanced together, without waiting for the device."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,84 +14,72 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from amaml.alpha_maml import MetaState, state_metrics, summary
-from amaml.checks import Loss
 from amaml.config import RunConfig
 from amaml.fast import cuda_graph
 from amaml.inner_loop import mapped
+from amaml.runs.parts import Parts, seeded_generator
+from amaml.runs.run import Run
 from amaml.tasks import Tasks
 
 # Iterations between two looks at the numbers, each of which waits for the device. On a CPU every
 # validation is looked at, too: nothing is computed that the one before has made needless.
 LOOK_EVERY, LOOK_EVERY_ON_GPU = 10, 100
-WATCHED = ("query_loss", "alpha", "beta", "gradient_norm")  # a run diverges if one is infinite
-
-
-@dataclass
-class RunInProgress:
-    """A run, and how far it is."""
-
-    config: RunConfig
-    folder: Path
-    about: dict  # what it is and what makes it
-    validation: Tasks
-    generator: torch.Generator  # of the training tasks
-    state: MetaState
-    metrics: pd.DataFrame
-    iteration: int = 0
-    seconds: float = 0.0
-    status: str = "running"
+WATCHED = ("query_loss", "alpha", "beta", "gradient_norm")  # a run diverges where one is not finite
 
 
 class RunBatch:
     """The meta-iterations of runs that differ in their rates, hyper rates and seeds alone.
 
-    One run goes alone, so that a model of one's own need not work under `vmap`; more are mapped
-    over. On a GPU an iteration is replayed as one graph of its kernels.
+    All tensors have the runs in front. On a GPU an iteration is replayed as one graph of its
+    kernels.
     """
 
-    def __init__(self, runs: Sequence[RunInProgress], model: nn.Module, sampler, loss: Loss, step):
-        self.runs, self.model, self.sampler, self.loss = list(runs), model, sampler, loss
+    def __init__(self, runs: Sequence[Run], model: nn.Module, samplers: dict, parts: Parts):
+        self.runs, self.model, self.samplers = list(runs), model, samplers
         self.config, like = runs[0].config, runs[0].state.alpha
+        self.device = like.device
         shared = ("inner_steps", "first_order", "recompute")
         options = {name: getattr(self.config, name) for name in shared}
-        self.step = partial(step, model, loss=loss, **options)
-        self.measure = getattr(step, "query_metrics", state_metrics)
+        self.step = partial(parts.step, model, loss=parts.loss, **options)
+        measure = getattr(parts.step, "query_metrics", state_metrics)
+        self.measure = partial(measure, model, loss=parts.loss)
         self.hyper_rates = [
-            torch.tensor([getattr(r.config, name) for r in runs], dtype=like.dtype).to(like.device)
+            torch.tensor([getattr(run.config, name) for run in runs], dtype=like.dtype).to(like)
             for name in ("hyper_alpha", "hyper_beta")
         ]
-        # Runs of one seed see the same tasks: these are drawn once, by the first of them.
-        first = {run.config.seed: run for run in reversed(runs)}
-        self.drawing = list(first.values())
-        self.drawn_by = [list(first).index(run.config.seed) for run in runs]
-        self.place = torch.tensor(self.drawn_by, device=like.device)
-        self.validation = stacked([run.validation for run in runs])
+        # Runs of one seed see the same tasks: these are drawn once.
+        self.generators = {run.config.seed: torch.Generator(self.device) for run in runs}
+        for run in runs:
+            self.generators[run.config.seed].set_state(run.generator)
+        self.validation = stacked([self.fixed_tasks(run, "validation") for run in runs])
         self.names: list[str] = []  # of the metrics
         self.iterate: Callable = self.iterate_once
-        if cuda_graph.available(like.device):
-            generators = [run.generator for run in self.drawing]
+        if cuda_graph.available(self.device):
+            generators = list(self.generators.values())
             self.iterate = cuda_graph.replayed(self.iterate_once, self.load(), generators)
 
     def load(self) -> MetaState:
-        """The states of the runs; of more than one, with the runs in front of all tensors."""
-        if len(self.runs) == 1:
-            return self.runs[0].state
+        """The states of the runs."""
         return tree_map(lambda *values: torch.stack(values), *(run.state for run in self.runs))
 
-    def state_of(self, i: int, state: MetaState) -> MetaState:
-        alone = len(self.runs) == 1
-        return tree_map(lambda value: (value if alone else value[i]).clone(), state)
+    def fixed_tasks(self, run: Run, kind: str) -> Tasks:
+        """A run's "validation" or "test" tasks."""
+        generator = seeded_generator(run.config.seed, f"{kind} tasks", self.device)
+        tasks = self.samplers[kind].sample(getattr(self.config, f"{kind}_tasks"), generator)
+        if not isinstance(tasks, Tasks):
+            raise TypeError(f"sampler must give amaml.Tasks, not {type(tasks).__name__}")
+        return tasks
 
     def iterate_once(self, state: MetaState) -> tuple[MetaState, Tensor]:
         """A meta-iteration; returns (next state, metrics (runs, names))."""
-        size = self.config.meta_batch_size
-        drawn = stacked([self.sampler.sample(size, run.generator) for run in self.drawing])
+        size, sampler = self.config.meta_batch_size, self.samplers["training"]
+        drawn = {seed: sampler.sample(size, each) for seed, each in self.generators.items()}
 
         def step(state, hyper_alpha, hyper_beta, *batch):
             tasks = Tasks(*batch)
             return self.step(state, tasks, hyper_alpha=hyper_alpha, hyper_beta=hyper_beta)
 
-        batch = [x[self.place] for x in drawn] if len(self.runs) > 1 else drawn
+        batch = stacked([drawn[run.config.seed] for run in self.runs])
         state, metrics = self.map(step, state, *self.hyper_rates, *batch)
         self.names = list(metrics)
         return state, torch.stack(list(metrics.values()), 1)
@@ -101,23 +88,31 @@ class RunBatch:
         """What `evaluate` measures on the runs' validation tasks, (runs, tasks)."""
 
         def measured(state, *batch):
-            return state, self.measure(self.model, state, Tasks(*batch), steps, self.loss)
+            return self.measure(state, Tasks(*batch), self.config.inner_steps)
 
-        steps = self.config.inner_steps
-        return self.map(measured, state, *self.validation)[1]
+        return self.map(measured, state, *self.validation)
 
-    def map(self, function: Callable, state: MetaState, *tensors: Tensor) -> tuple:
-        """`function` of each run's state and tensors, which have the runs in front: the next
-        states as they come, and metrics with the runs in front."""
+    def map(self, function: Callable, *args) -> Any:
+        """`function` of each run's part of all tensors in `args`, its results stacked.
+
+        One run goes without `vmap`, so that a model of one's own need not work under it.
+        """
         if len(self.runs) > 1:
-            return mapped(self.model, function, state, *tensors)
-        state, metrics = function(state, *(tensor[0] for tensor in tensors))
-        return state, {name: value.unsqueeze(0) for name, value in metrics.items()}
+            return mapped(self.model, function, *args)
+        result = function(*tree_map(lambda value: value[0], args))
+        return tree_map(lambda value: value.unsqueeze(0), result)
+
+    def add_test_metrics(self, run: Run) -> None:
+        """Measure a finished run on tasks of the test characters, which nothing was chosen by."""
+        tasks = self.fixed_tasks(run, "test")
+        numbers = summary(self.measure(run.state, tasks, self.config.test_inner_steps))
+        for name, value in numbers.items():
+            run.metrics.loc[run.metrics.index[-1], name.replace("query", "test")] = value
 
 
 def stacked(tasks: Sequence[Tasks]) -> list[Tensor]:
     """The tensors of several meta-batches, each with these in front."""
-    if len(tasks) == 1:
+    if len(tasks) == 1:  # without a copy
         return [value.unsqueeze(0) for value in vars(tasks[0]).values()]
     return [torch.stack(each) for each in zip(*(vars(t).values() for t in tasks), strict=True)]
 
@@ -131,16 +126,20 @@ def advance(batch: RunBatch, checkpoint_every: int, ahead: Sequence[int] = ()) -
     started, runs, config = time.perf_counter(), batch.runs, batch.config
     start = runs[0].iteration
     stop = min([next_look(batch, checkpoint_every), *ahead])
-    state, values, validated, states = batch.load(), [], {}, {}
+
+    def here() -> tuple[MetaState, dict[int, Tensor]]:
+        """The states of the runs, and of the generators by seed."""
+        return state, {seed: each.get_state() for seed, each in batch.generators.items()}
+
+    state, values, validated, places = batch.load(), [], {}, {}
     for iteration in range(start + 1, stop + 1):
         state, row = batch.iterate(state)
         values.append(row)
         if iteration % config.validation_every == 0 or iteration == config.iterations:
             validated[iteration] = batch.validate(state)
             if config.threshold is not None and iteration < stop:  # a run may have ended here
-                drawn = [run.generator.get_state() for run in batch.drawing]
-                states[iteration] = tree_map(torch.clone, state), drawn
-    drawn = [run.generator.get_state() for run in batch.drawing]
+                places[iteration] = tree_map(torch.clone, here())
+    end = here()
     numbers = torch.stack(values).cpu().double().numpy()
     measured = tree_map(lambda value: value.cpu(), validated)
     for i, run in enumerate(runs):
@@ -151,9 +150,9 @@ def advance(batch: RunBatch, checkpoint_every: int, ahead: Sequence[int] = ()) -
         rows, run.status = to_rows(batch.names, numbers[:, i], start + 1, of_run, config)
         run.metrics = pd.concat([run.metrics, rows], ignore_index=True) if start else rows
         run.iteration = int(rows["iteration"].iloc[-1])
-        at, generators = states.get(run.iteration, (state, drawn))
-        run.state = batch.state_of(i, at)
-        run.generator.set_state(generators[batch.drawn_by[i]])
+        states, generators = places.get(run.iteration, end)
+        run.state = tree_map(lambda value, i=i: value[i].clone(), states)
+        run.generator = generators[run.config.seed]
         run.seconds += (time.perf_counter() - started) / len(runs)
 
 
@@ -161,7 +160,7 @@ def next_look(batch: RunBatch, checkpoint_every: int) -> int:
     """The iteration after which a batch's numbers are looked at next."""
     config, iteration = batch.config, batch.runs[0].iteration
     every: tuple[int, ...] = (LOOK_EVERY_ON_GPU, checkpoint_every)
-    if batch.runs[0].state.alpha.device.type == "cpu":
+    if batch.device.type == "cpu":
         every = (LOOK_EVERY, config.validation_every, checkpoint_every)
     return min(*((iteration // n + 1) * n for n in every), config.iterations)
 
@@ -175,21 +174,17 @@ def to_rows(
     """
     rows = pd.DataFrame(values, columns=names)
     rows.insert(0, "iteration", range(first, first + len(values)))
+    finite = np.isfinite(rows[[name for name in WATCHED if name in names]]).all(axis=1)
     for kind in [name.removeprefix("query_") for name in names if name.startswith("query_")]:
-        tested = [f"test_{kind}", f"test_{kind}_ci95"] if config.test_tasks else []
-        rows[[f"validation_{kind}", *tested]] = np.nan
-    watched = rows[[name for name in WATCHED if name in names]]
-    finite = np.isfinite(watched.to_numpy()).all(axis=1)
-    diverged, reached = ~finite, np.zeros(len(rows), bool)
-    for iteration, numbers in measured.items():
-        place, loss = iteration - first, numbers["query_loss"]
-        if finite[place]:
-            for name in [name for name in numbers if not name.endswith("ci95")]:
-                rows.loc[place, name.replace("query", "validation")] = numbers[name]
-            diverged[place] = not np.isfinite(loss)
-            reached[place] = config.threshold is not None and loss <= config.threshold
+        found = {iteration: numbers[f"query_{kind}"] for iteration, numbers in measured.items()}
+        rows[f"validation_{kind}"] = rows["iteration"].map(found).astype(float).where(finite)
+        if config.test_tasks:
+            rows[[f"test_{kind}", f"test_{kind}_ci95"]] = np.nan
+    loss = rows["validation_loss"]
+    diverged = ~finite | rows["iteration"].isin(measured) & ~np.isfinite(loss)
+    reached = loss <= (-np.inf if config.threshold is None else config.threshold)
     over = diverged | reached
     last = int(over.argmax()) if over.any() else len(rows) - 1
     status = "done" if first + last == config.iterations else "running"
     status = "diverged" if diverged[last] else "reached" if reached[last] else status
-    return rows.iloc[: last + 1].copy(), status
+    return rows[: last + 1].copy(), status

@@ -1,4 +1,4 @@
-"""What a run is made of: amaml's own network, tasks, loss and step, or the user's."""
+"""What runs are made of: amaml's own network, tasks, loss and step, or the user's."""
 
 from __future__ import annotations
 
@@ -32,37 +32,69 @@ class Parts(NamedTuple):
     loss: Loss = F.cross_entropy
     step: Callable = meta_step
 
-
-class Samplers(NamedTuple):
-    """Where a run's tasks come from: objects with `sample(meta_batch_size, generator) -> Tasks`."""
-
-    train: Any
-    validation: Any
-    test: Any
-
-
-def own_parts(parts: Parts) -> dict[str, Any]:
-    """The parts that are the user's; TypeError or ValueError for what cannot be used."""
-    usual = Parts()._asdict()
-    own = {kind: part for kind, part in parts._asdict().items() if part is not usual[kind]}
-    own.pop("name", None)
-    for kind, part in own.items():
-        if "sampler" in kind and not callable(getattr(part, "sample", None)):
+    def own(self) -> dict[str, Any]:
+        """Those of the user's own; TypeError or ValueError for what cannot be used."""
+        usual = Parts(self.name)._asdict()
+        own = {kind: part for kind, part in self._asdict().items() if part is not usual[kind]}
+        for kind, part in own.items():
+            needed = "a torch.nn.Module or a function" if kind == "model" else "a function"
+            if is_sampler := kind.endswith("sampler"):
+                needed = "an object with a method sample(meta_batch_size, generator) -> Tasks"
+            if not callable(getattr(part, "sample", None) if is_sampler else part):
+                raise TypeError(f"{kind} must be {needed}, not {type(part).__name__}")
+        if own and not self.name:
             raise TypeError(
-                f"{kind} must have a method sample(meta_batch_size, generator) -> Tasks; "
-                f"{type(part).__name__} has none"
+                f"a run with {' and '.join(own)} of your own needs a name, such as "
+                "name='sinusoids': its folder is named after it"
             )
-        if "sampler" not in kind and not callable(part):
-            module = "a torch.nn.Module or " if kind == "model" else ""
-            raise TypeError(f"{kind} must be {module}a function, not {type(part).__name__}")
-    if own and not parts.name:
-        raise TypeError(
-            f"a run with {' and '.join(own)} of your own needs a name, such as name='sinusoids': "
-            "its folder is named after it"
-        )
-    if parts.name and not re.fullmatch(r"[\w.-]+", parts.name):
-        raise ValueError(f"name={parts.name!r}: must be of letters, digits, '_', '.' and '-'")
-    return own
+        if self.name and not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"name={self.name!r}: must be of letters, digits, '_', '.' and '-'")
+        return own
+
+    def in_words(self, network: nn.Module) -> dict[str, str]:
+        """What the user's own parts are compared by when a run is found on the disk.
+
+        The names of classes and functions, with what a dataclass or a partial holds; for the
+        model the network's repr and a hash of its initial parameters.
+        """
+        told = {}
+        for kind, part in self.own().items():
+            function = part.func if isinstance(part, partial) else part
+            of = function if hasattr(function, "__qualname__") else type(function)
+            told[kind] = f"{of.__module__}.{of.__qualname__}"
+            if isinstance(part, partial):
+                told[kind] += f" {part.args} {part.keywords}"
+            elif is_dataclass(part):
+                told[kind] += f" {part}"
+        if "model" in told:
+            digest = hashlib.sha256()
+            for key, value in network.state_dict(keep_vars=True).items():
+                digest.update(f"{key} {value.dtype} {value.requires_grad}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            told["model"] = f"{network!r} {digest.hexdigest()[:16]}"
+        return told
+
+    def network(self, config: RunConfig) -> nn.Module:
+        """A run's network before its first iteration, for the run to keep."""
+        if self.model is None:
+            generator = seeded_generator(config.seed, "initialisation")
+            return OmniglotCNN(config.n_way, generator, filters=config.filters)
+        own = isinstance(self.model, nn.Module)
+        network = deepcopy(self.model) if own else self.model(config.seed)
+        check_module(network)
+        return network
+
+    def samplers(self, config: RunConfig, root, device) -> dict[str, Any]:
+        """Where tasks come from, by what they are for: "training", "validation" and "test"."""
+        samplers = 3 * [self.sampler]
+        if self.sampler is None:
+            characters = load_omniglot(root) if config.data == "omniglot" else load_glyphs()
+            split = split_characters(characters.to(device))
+            sizes = (config.n_way, config.k_shot, config.k_query, config.rotate)
+            samplers = [TaskSampler(some, *sizes) for some in vars(split).values()]
+        if self.validation_sampler is not None:
+            samplers[1:] = 2 * [self.validation_sampler]
+        return dict(zip(("training", "validation", "test"), samplers, strict=True))
 
 
 def run_id(config: RunConfig, name: str = "", start: str = "") -> str:
@@ -73,64 +105,17 @@ def run_id(config: RunConfig, name: str = "", start: str = "") -> str:
     return f"{name}-{told}" if name else told
 
 
-def described(own: dict[str, Any], network: nn.Module) -> dict[str, str]:
-    """What parts of one's own are compared by: names of classes and functions, what a dataclass or
-    a partial holds; the network's text and a hash of its initial parameters."""
-    described = {}
-    for kind, part in own.items():
-        function = part.func if isinstance(part, partial) else part
-        of = function if hasattr(function, "__qualname__") else type(function)
-        described[kind] = f"{of.__module__}.{of.__qualname__}"
-        if isinstance(part, partial):
-            described[kind] += f" {part.args} {part.keywords}"
-        elif is_dataclass(part):
-            described[kind] += f" {part}"
-    if "model" in own:
-        digest = hashlib.sha256()
-        for key, value in network.state_dict(keep_vars=True).items():
-            digest.update(f"{key} {value.dtype} {value.requires_grad}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        described["model"] = f"{network!r} {digest.hexdigest()[:16]}"
-    return described
-
-
-def network_of(config: RunConfig, model=None) -> nn.Module:
-    """A run's network before its first iteration, for the run to keep."""
-    if model is None:
-        generator = seeded_generator(config.seed, "initialisation")
-        return OmniglotCNN(config.n_way, generator, filters=config.filters)
-    network = deepcopy(model) if isinstance(model, nn.Module) else model(config.seed)
-    check_module(network)
-    return network
-
-
 def check_alike(networks: list[nn.Module]) -> None:
     """ValueError where networks of runs that are made together differ in what theta leaves out."""
-    constants = [
+    first, *others = (
         [value for value in network.state_dict(keep_vars=True).values() if not value.requires_grad]
         for network in networks
-    ]
-    for other in constants[1:]:
-        if not all(torch.equal(a, b) for a, b in zip(constants[0], other, strict=True)):
-            raise ValueError(
-                "the networks of runs that are made together differ in buffers or frozen "
-                "parameters; make these runs one at a time"
-            )
-
-
-def samplers_of(config: RunConfig, parts: Parts, root, device) -> Samplers:
-    """A run's samplers: one's own, or those of the characters that its config names."""
-    if parts.sampler is None:
-        omniglot = config.data == "omniglot"
-        characters = load_omniglot(root) if omniglot else load_glyphs()
-        split = split_characters(characters.to(device))
-        sizes = (config.n_way, config.k_shot, config.k_query, config.rotate)
-        samplers = Samplers(*(TaskSampler(some, *sizes) for some in vars(split).values()))
-    else:
-        samplers = Samplers(parts.sampler, parts.sampler, parts.sampler)
-    if (other := parts.validation_sampler) is not None:
-        samplers = samplers._replace(validation=other, test=other)
-    return samplers
+    )
+    if not all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
+        raise ValueError(
+            "the networks of runs that are made together differ in buffers or frozen parameters; "
+            "make these runs one at a time"
+        )
 
 
 def seeded_generator(seed: int, purpose: str, device="cpu") -> torch.Generator:

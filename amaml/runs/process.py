@@ -25,12 +25,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if len(received) > 1:
             raise KeyboardInterrupt
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    handlers = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
-    for number in handlers:
-        signal.signal(number, note)
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(number) not in (None, signal.SIG_IGN):
+            handlers[number] = signal.signal(number, note)
     try:
         yield lambda: bool(received)
     finally:

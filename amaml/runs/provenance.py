@@ -16,7 +16,8 @@ from amaml.config import NUMERICS
 
 def environment(device="cpu") -> dict:
     """Source commit, version of the numerics, library versions, machine and threads."""
-    versions = {name: package_version(name) for name in ("torch", "numpy", "pandas", "safetensors")}
+    libraries = ("torch", "numpy", "pandas", "safetensors")
+    versions = {"python": platform.python_version()} | {n: package_version(n) for n in libraries}
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
@@ -24,10 +25,9 @@ def environment(device="cpu") -> dict:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else "cpu",
     }
-    return {
-        **source_commit(),
+    return source_commit() | {
         "numerics": NUMERICS,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "machine": machine,
         "threads": torch.get_num_threads(),
         "float32_products": torch.get_float32_matmul_precision(),  # "highest", or "high": TF32

@@ -32,10 +32,8 @@ REMEDY = "restore it from a copy, or remove the run's folder to start the run an
 def write_run(folder: Path, tensors: dict, metrics: pd.DataFrame, about: dict) -> None:
     """Replace a run's file; the folder must be locked.
 
-    Args:
-        tensors: nested dict of tensors.
-        metrics: numbers alone; they come back as float64, `iteration` as int64.
-        about: plain data for json.
+    `tensors` is a nested dict, `about` plain data for json; of `metrics`, which holds numbers
+    alone, `iteration` comes back as int64 and all else as float64.
     """
     flat = flatten(tensors)
     # The order of the parameters: sums over them depend on it in their last bits.
@@ -111,10 +109,10 @@ def lock(folder: str | Path) -> Iterator[None]:
     """Keep a folder, made where it is missing, to this process: another one waits, and says so."""
     folder = Path(folder)
     held = FileLock(folder / ".lock")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process that works in {folder}", flush=True)
         held.acquire()
@@ -132,11 +130,11 @@ def writing(path: Path) -> Iterator[None]:
     """Say which file cannot be written, and what to do."""
     try:
         yield
-    except Timeout:
-        raise
     except OSError as error:
-        what = f"cannot be written ({error.strerror}); make room there, or give another out"
-        raise OSError(error.errno, f"{what} (or folder) that can be written", str(path)) from error
+        what = (
+            f"cannot be written ({error.strerror}); make room there, or give another output folder"
+        )
+        raise OSError(error.errno, what, str(path)) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -152,12 +150,9 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except OSError:
+        finally:
             part.unlink(missing_ok=True)
-            raise
         if os.name == "posix":  # the new name is the folder's content
             handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            os.fsync(handle)
+            os.close(handle)

@@ -73,6 +73,15 @@ def test_figures_executes_the_chapters_with_their_parameters(clone):
     assert len(told) > len(retrained) >= 4 and "05_figure_1" in retrained[0]
 
 
+def test_figures_shows_the_teaching_chapters_where_their_images_are(clone):
+    for given, shown in (([], False), (["DATA=/data"], True), (["PROFILE=quick"], True)):
+        (clone / "figures/quick").mkdir(exist_ok=True)
+        (clone / "figures/quick/figure_1.png").touch()
+        done = make_figures(clone, *given)
+        assert done.returncode == 0, done.stderr
+        assert ("-p profile" in done.stdout) and ("book/02_maml.ipynb" in done.stdout) == shown
+
+
 def test_figures_stops_at_a_parameter_that_a_notebook_does_not_have(clone):
     notebook = clone / "book/06_figures_2_3.ipynb"
     notebook.write_text(notebook.read_text().replace("retrain", "again"))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
+import nbformat
 import pytest
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
 from jupytext.compare import compare_notebooks
 from jupytext.sync_contentsmanager import build_sync_jupytext_contents_manager_class
+
+from amaml.paper.characters import STAND_IN
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
@@ -56,3 +62,43 @@ def test_notebook_is_executed_and_tidy(path):
     assert not re.search(r"(/(home|root|Users|tmp)/|[A-Z]:\\\\)", text), "a path of a machine"
     parameters = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     assert len(parameters) == 1 and "profile = " in "".join(parameters[0]["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda path: path.stem)
+def test_the_teaching_chapters_show_omniglot(path):
+    """Where this fails: execute the chapter with AMAML_DATA."""
+    text = path.read_text(encoding="utf-8")
+    assert 'profile = \\"medium\\"' in text and '"omniglot"' in text
+    assert STAND_IN[:40] not in text
+
+
+def compare_outputs(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    outer = {name: value for name, value in os.environ.items() if name != "AMAML_DATA"}
+    options = ["-q", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", ".", "."],
+        cwd=folder,
+        env=outer | {"XDG_CACHE_HOME": str(folder / "cache")} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_omniglot_only_what_shows_it_is_not_compared(tmp_path):
+    """Of two cells with another output than the stored one, one is tagged `omniglot`."""
+    cells = [
+        nbformat.v4.new_code_cell(
+            "print(1)",
+            metadata={"tags": tags},
+            outputs=[nbformat.v4.new_output("stream", text="2\n")],
+            execution_count=1,
+        )
+        for tags in (["omniglot"], [])
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "chapter.ipynb")
+    shutil.copy(BOOK / "conftest.py", tmp_path)
+    without = compare_outputs(tmp_path)
+    assert "1 failed, 1 passed" in without.stdout and "::Cell 1" in without.stdout
+    assert "NOT COMPARED: the outputs of 1 cells" in without.stdout
+    there = compare_outputs(tmp_path, AMAML_DATA=str(tmp_path))
+    assert "2 failed" in there.stdout and "NOT COMPARED" not in there.stdout

@@ -159,6 +159,23 @@ def test_labels_that_do_not_fit_are_refused():
         amaml.meta_gradient(model, theta_of(model), 0.3, tasks)
 
 
+@pytest.mark.parametrize(
+    "make", [small_model, lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 3)).double()]
+)
+def test_labels_that_do_not_fit_are_refused_in_runs_side_by_side(make):
+    """Also those that torch's cross-entropy would pass over."""
+    tasks, model = random_tasks((1, 28, 28)), make()
+
+    def step(query_y):
+        of_run = amaml.Tasks(tasks.support_x, tasks.support_y, tasks.query_x, query_y)
+        return amaml.meta_gradient(model, theta_of(model), 0.3, of_run)[1]
+
+    wrong = tasks.query_y.clone()
+    wrong[0, 0] = -100
+    with pytest.raises(ValueError, match="query_y holds labels from -100 to 2.*0 to 2"):
+        vmap(step)(torch.stack([tasks.query_y, wrong]))
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept_from_one_meta_gradient_to_the_next(glyphs):
     """Else each of them takes some 20,000 pages anew from the system."""

@@ -56,7 +56,7 @@ def true_calls() -> None:
     with tempfile.TemporaryDirectory() as folder:
         amaml.train(config, folder, progress=False)
         train_together([replace(config, seed=seed) for seed in (1, 2)], folder)
-        amaml.run_all([config], folder, progress=False)
+        amaml.run_all([config], folder, minutes=1.0, progress=False)  # here: workers are not hooked
 
 
 def of_one_setting(model: nn.Module, tasks: amaml.Tasks) -> None:

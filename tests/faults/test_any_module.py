@@ -266,6 +266,35 @@ def test_a_model_that_goes_task_by_task_says_so_once():
         amaml.evaluate(model, state, tasks)
 
 
+def test_a_lack_of_memory_is_told_and_not_taken_for_a_model_that_cannot_be_mapped():
+    class Greedy(nn.Linear):
+        greedy = True
+
+        def forward(self, x):
+            return super().forward(x + (torch.ones(2**50).sum() if self.greedy else 0))
+
+    model, tasks = Greedy(4, 3), tasks_of((4,), F.cross_entropy, None, torch.float32)
+    state = amaml.init_state(model, ALPHA, BETA)
+    with pytest.raises(RuntimeError, match="allocate"):
+        amaml.meta_step(model, state, tasks)
+    model.greedy = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        amaml.meta_step(model, state, tasks)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTM(4, 5, 2, dropout=0.3), nn.MultiheadAttention(4, 2, 0.3), nn.Dropout2d(0.3)],
+    ids=["LSTM", "attention", "dropout"],
+)
+def test_dropout_is_refused_wherever_it_is_but_in_eval_mode(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    with pytest.raises(ValueError, match=rf"1 is a {type(layer).__name__} with dropout, p=0.3"):
+        amaml.init_state(model, ALPHA, BETA)
+    amaml.init_state(model.eval(), ALPHA, BETA)
+
+
 def test_an_error_of_the_users_own_model_is_told_as_it_is():
     class Broken(nn.Linear):
         def forward(self, x):

@@ -15,6 +15,7 @@ from helpers import (
     relative_error,
     small_model,
 )
+from torch.nn import functional as F
 
 import amaml
 
@@ -144,3 +145,74 @@ def test_evaluation_is_that_of_a_plain_loop_with_95_percent_intervals():
 def test_wrong_starts_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         amaml.init_state(small_model(), **({"alpha": 0.1, "beta": 0.1} | arguments))
+
+
+def scale_free(loss_scale=1.0, iterations=6, alpha=0.3, beta=0.2, hypers=(1.0, 1.0)):
+    """The path of a state under the scale-free rule in float64, where the loss has a scale."""
+    model = Regression().double()
+    generator = torch.Generator().manual_seed(0)
+    state = amaml.init_state(model, alpha / loss_scale, beta / loss_scale, rule="scale-free")
+
+    def loss(prediction, y):
+        return loss_scale * F.mse_loss(prediction, y)
+
+    path = []
+    for _ in range(iterations):
+        tasks = amaml.Tasks(*torch.randn(4, 5, 3, 2, generator=generator, dtype=torch.float64))
+        state, metrics = amaml.meta_step(
+            model, state, tasks, hyper_alpha=hypers[0], hyper_beta=hypers[1], loss=loss
+        )
+        path.append((state, metrics))
+    return path
+
+
+class Regression(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([[0.5, -1.0], [2.0, 0.3]]))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight)
+
+
+def test_the_scale_free_rule_written_out():
+    alpha, beta, squares, kept = 0.3, 0.2, [0.0, 0.0], 0.0
+    for state, metrics in scale_free():
+        gradient = float(metrics["gradient_norm"])
+        slope = alpha * float(metrics["d_alpha"]) / float(metrics["query_loss"])
+        squares[0] += slope**2
+        alpha *= math.exp(-slope / math.sqrt(squares[0]))
+        size = float(torch.linalg.vector_norm(torch.as_tensor(kept)))
+        cosine = -float(metrics["d_beta"]) / (gradient * size) if size else 0.0
+        squares[1] += cosine**2
+        beta *= math.exp(cosine / math.sqrt(squares[1])) if cosine else 1.0
+        direction = state.direction["weight"] - 0.9 * torch.as_tensor(kept)
+        assert gradient == pytest.approx(float(direction.norm()), rel=1e-9)
+        before = state.theta["weight"] + metrics["beta"] * direction
+        beta = min(beta, 0.1 * float(before.norm()) / gradient)
+        assert float(state.alpha) == pytest.approx(alpha, rel=1e-9)
+        assert float(state.beta) == float(metrics["beta"]) == pytest.approx(beta, rel=1e-9)
+        kept = state.direction["weight"]
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e-3])
+def test_the_scale_of_the_loss_does_not_enter_the_scale_free_rule(scale):
+    """With the rates in their unit, theta goes the same way whatever the loss is measured in."""
+    for (one, _), (other, _) in zip(scale_free(), scale_free(loss_scale=scale), strict=True):
+        torch.testing.assert_close(one.theta, other.theta, rtol=1e-9, atol=1e-12)
+        assert float(other.alpha * scale) == pytest.approx(float(one.alpha), rel=1e-9)
+
+
+def test_the_scale_free_rule_bounds_a_meta_step_and_leaves_a_rate_without_a_constant_alone():
+    (state, _), *_ = scale_free(beta=1e6, iterations=1)
+    start = Regression().double().weight
+    assert float((state.theta["weight"] - start).norm() / start.norm()) == pytest.approx(0.1)
+    for state, _ in scale_free(hypers=(0.0, 0.0)):
+        assert (float(state.alpha), float(state.beta)) == (0.3, 0.2)
+
+
+def test_the_scale_free_rule_refuses_a_rate_of_zero_and_an_unknown_rule():
+    with pytest.raises(ValueError, match="beta=0: the scale-free rule moves its logarithm"):
+        amaml.init_state(Regression(), 0.1, 0.0, rule="scale-free")
+    with pytest.raises(ValueError, match="rule='free': known are additive, scale-free"):
+        amaml.init_state(Regression(), 0.1, 0.1, rule="free")

@@ -1,6 +1,9 @@
-"""Comparisons and intervals that the paper's claims are judged by, against counts by hand."""
+"""The statistics that the paper's claims are held against, on cases worked out by hand."""
 
 from __future__ import annotations
+
+import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -9,85 +12,93 @@ import pytest
 from amaml.paper import claims
 
 
-def counted(rows):
-    """Rows (method, alpha_0, seed, reached_at), as `until_threshold` gives them."""
-    table = pd.DataFrame(rows, columns=["method", "alpha_0", "seed", "reached_at"])
-    reached = np.where(table["reached_at"].notna(), "reached", "not reached")
-    return table.assign(
-        outcome=reached, beta_0=1.0, validation_every=5, hyper_alpha=0.0, hyper_beta=0.0
+def test_final_losses_are_capped_and_a_diverged_run_counts_as_the_cap():
+    table = pd.DataFrame(
+        [
+            ("a", "plain", 0, 100, 2.0, "finished"),
+            ("a", "plain", 0, 160, 0.5, "finished"),
+            ("a", "plain", 0, 200, 0.7, "finished"),
+            ("b", "plain", 1, 200, 9.0, "finished"),
+            ("c", "h", 0, 40, 0.1, "diverged"),
+            ("d", "h", 1, 200, 0.3, "finished"),
+        ],
+        columns=["run", "variant", "start", "iteration", "validation_loss", "status"],
+    ).assign(alpha=0.1, beta=0.1)
+    losses = claims.final_losses(table, guessing=1.0)
+    assert losses["plain"].tolist() == pytest.approx([0.6, 3.0])  # the mean of the last 50; capped
+    assert losses["h"].tolist() == [3.0, 0.3]
+
+
+def test_the_share_below_and_the_effects_of_pairs_by_hand():
+    ours, theirs = np.array([1.0, 2.0, 4.0, 3.0]), np.array([2.0, 2.0, 2.0, 6.0])
+    assert claims.share_below(ours, 2.0) == 0.5  # at most, so 2.0 counts
+    assert claims.share_better(ours, theirs) == (1 + 0.5 + 0 + 1) / 4
+    assert claims.loss_ratio(ours, theirs) == pytest.approx((0.5 * 1 * 2 * 0.5) ** 0.25)
+    assert claims.loss_ratio(ours, ours) == 1 and claims.share_better(ours, ours) == 0.5
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_expected_best_is_the_mean_over_all_draws(k):
+    losses = np.array([0.7, 2.0, 0.9, 1.6])
+    draws = product(losses, repeat=k)  # with replacement, each as likely as any other
+    assert claims.expected_best(losses, k) == pytest.approx(np.mean([min(draw) for draw in draws]))
+
+
+def test_how_many_trials_a_run_is_worth_by_hand():
+    theirs = np.array([1.0, 3.0])  # expected best of k: 1 + 2 * 2^-k, so 2, 1.5, 1.25, 1.125
+    for ours, trials in ((2.0, 1), (1.99, 2), (1.5, 2), (1.2, 4), (0.99, 1024)):
+        assert claims.trials_worth(np.array([ours]), theirs) == trials
+    assert claims.trials_worth(np.array([[2.0], [1.2]]), theirs[None]).tolist() == [1, 4]
+
+
+def test_an_interval_covers_as_often_as_it_says_and_is_the_same_each_time():
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        value, low, high = claims.interval(np.mean, generator.normal(size=40))
+        assert low <= value <= high
+        inside += low <= 0 <= high
+    assert 0.88 <= inside / 200 <= 0.99
+    sample = generator.normal(size=12)
+    assert claims.interval(np.mean, sample) == claims.interval(np.mean, sample)
+    assert claims.interval(np.mean, sample[:1])[0] == sample[0]
+    assert math.isnan(claims.interval(np.mean, sample[:1])[1])
+
+
+def test_pairs_are_resampled_together():
+    theirs = np.geomspace(0.1, 10, 30)  # vary by far more than the ratio, which is always 2
+    value, low, high = claims.interval(claims.loss_ratio, 2 * theirs, theirs)
+    assert (value, low, high) == pytest.approx((2, 2, 2))
+
+
+def test_effects_compare_each_line_over_the_starts_that_both_have():
+    losses = pd.DataFrame({"plain": [2.0, 1.0, 3.0], "h": [0.5, 0.5, np.nan]})
+    effects = claims.effects(losses)
+    assert effects["starts"].to_dict() == {"plain": 3, "h": 2}
+    assert effects.loc["h", "ends lower"] == "1.00 (1.00 to 1.00)"
+    assert effects.loc["plain", "loss ratio"] == ""
+    assert effects.loc["h", "loss ratio"].startswith(f"{math.sqrt(0.125):.2f} ")
+
+
+def test_regions_by_hand():
+    alpha_0, beta_0 = pd.Series([0.1, 1e-3, 1e-3, 5.0]), pd.Series([0.1, 0.1, 5.0, 0.1])
+    expected = ["between", "too small", "too large", "too large"]
+    assert claims.region(alpha_0, beta_0).tolist() == expected
+
+
+def test_an_interval_is_told_with_its_ends_or_as_missing():
+    assert claims.format_interval(0.5, 0.25, 0.75) == "0.50 (0.25 to 0.75)"
+    assert claims.format_interval(0.5, math.nan, math.nan) == "0.50 (no interval)"
+
+
+def test_accuracies_over_seeds_by_hand():
+    rows = [("a", 0, 0.9, 0.02), ("b", 1, 0.8, 0.02), ("c", 2, math.nan, math.nan)]
+    table = pd.DataFrame(rows, columns=["run", "seed", "test_accuracy", "test_accuracy_ci95"])
+    table = table.assign(
+        n_way=5, k_shot=1, method="MAML", meta_optimizer="adam", case="published", test_tasks=600
     )
-
-
-def test_each_way_that_two_runs_compare():
-    nan = np.nan
-    pairs = [  # (MAML, Alpha MAML, what that is)
-        (nan, 40, "won"),
-        (40, 30, "faster"),
-        (40, 35, "same"),
-        (40, 45, "same"),
-        (40, 50, "slower"),
-        (150, 165, "same"),
-        (150, 170, "slower"),
-        (40, nan, "lost"),
-        (nan, nan, "neither"),
-    ]
-    rows = [("MAML", i, 0, maml) for i, (maml, _, _) in enumerate(pairs)]
-    rows += [("Alpha MAML", i, 0, ours) for i, (_, ours, _) in enumerate(pairs)]
-    compared = claims.compare(counted(rows))
-    assert compared["compared"].tolist() == [expected for *_, expected in pairs]
-    assert set(compared["compared"]) <= set(claims.COMPARED)
-
-
-def test_runs_are_paired_by_seed_and_two_candidates_are_an_error():
-    rows = [("MAML", 1, 0, 20), ("MAML", 1, 1, 60), ("Alpha MAML", 1, 0, 40)]
-    rows += [("Alpha MAML", 1, 1, 40)]
-    compared = claims.compare(counted(rows), on=[*claims.START, "seed"])
-    assert compared.set_index("seed")["compared"].to_dict() == {0: "slower", 1: "faster"}
-    with pytest.raises(pd.errors.MergeError):
-        claims.compare(counted(rows))
-
-
-def test_the_interval_of_three_seeds_by_hand():
-    # Of the 27 resamples of 0, 3 and 6 the means 0 and 6 come once each (3.7 % together), so that
-    # the 2.5 % of each end lie within them.
-    assert claims.bootstrap_interval(pd.Series([0.0, 3.0, 6.0])) == (3.0, 0.0, 6.0)
-    # Of the 3,125 of five seeds with one 1 among 0s: the mean is binomial(5, 1/5) / 5.
-    value, low, high = claims.bootstrap_interval(pd.Series([0.0, 0, 0, 0, 1]))
-    assert (value, low, high) == (0.2, 0.0, 0.6)  # P(at most 2) = 0.942, P(at most 3) = 0.993
-    value, low, high = claims.bootstrap_interval(pd.Series([4.0]))
-    assert value == 4 and np.isnan(low) and np.isnan(high)
-    _, low, high = claims.bootstrap_interval(
-        pd.Series([0.0, 1.0]), lambda x: 1.0 if x.any() else np.nan
-    )
-    assert np.isnan(low) and np.isnan(high)
-
-
-def test_the_interval_of_a_ratio_keeps_seeds_together_and_infinity():
-    table = pd.DataFrame({"a": [2.0, 4.0, 6.0], "b": [1.0, 2.0, 3.0]})
-    ratio = claims.bootstrap_interval(table, lambda rows: rows["a"].mean() / rows["b"].mean())
-    assert ratio == (2.0, 2.0, 2.0)  # each seed has the same one
-    value, low, high = claims.bootstrap_interval(pd.Series([1.0, 1.0, np.inf]))
-    assert (value, low, high) == (np.inf, 1.0, np.inf)
-
-
-def test_many_seeds_are_drawn_and_drawn_alike():
-    values = pd.Series(np.arange(20.0))
-    value, low, high = claims.bootstrap_interval(values)
-    assert (value, low, high) == claims.bootstrap_interval(values)
-    error = 1.96 * np.arange(20).std() / np.sqrt(20)
-    assert low == pytest.approx(value - error, abs=0.3)
-    assert high == pytest.approx(value + error, abs=0.3)
-
-
-def test_how_an_interval_is_shown():
-    assert claims.format_interval(0.5, 0.25, 1.0) == "0.50 (0.25 to 1.00)"
-    assert claims.format_interval(0.5, np.nan, np.nan, "{:.0%}") == "50% (no interval)"
-
-
-def test_the_range_of_rates_that_serve_is_the_longest_without_a_hole():
-    rates = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-    good = pd.Series([True, False, True, True, False], index=rates)
-    assert claims.longest_streak(good) == [1e-2, 1e-1]
-    assert claims.powers_of_ten(claims.longest_streak(good)) == 1
-    assert claims.longest_streak(~good) == [1e-3] and claims.powers_of_ten([1e-3]) == 0
-    assert claims.longest_streak(good & False) == [] and np.isnan(claims.powers_of_ten([]))
+    of_two = claims.accuracies(table[:2]).iloc[0]
+    assert of_two["accuracy"] == pytest.approx(85) and of_two["seeds"] == 2
+    assert of_two["ci95"] == pytest.approx(math.sqrt(2 * 2.0**2) / 2)
+    assert (of_two["lowest"], of_two["highest"]) == pytest.approx((80, 90))
+    assert math.isnan(claims.accuracies(table).iloc[0]["accuracy"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -14,22 +15,28 @@ SHAPES = ("data", "n_way", "k_shot", "k_query", "filters", "meta_batch_size", "i
 # Of ids and labels, by figure, in the profiles quick, medium and paper: who means to change a
 # figure's runs changes its hashes here.
 FROZEN = {
-    "figure_1": "f82133af2eeb610d b46622028ba6a875 7512cb601025c093",
-    "far_too_large": "2f826a3138630c16 2c668c0b9e4e8679 1208be731cc56866",
-    "figures_2_3": "25fd7f9de1c24ae8 80f0ab4378984c9e 850563942dcb9b9c",
+    "figure_1": "f82133af2eeb610d 2d43178fa58c1e12 7512cb601025c093",
+    "far_too_large": "2f826a3138630c16 f2614b912292cacf 1208be731cc56866",
+    "figures_2_3": "e300fd48d93c4657 46992741ce4e7169 4a2b79ddb8c72125",
     "hyper_rates": "5587162eef04433c 1616415c75a2df20 1616415c75a2df20",
     "adam_hyper_rates": "d8de51e1fbb2797e 33cd2f5b803c1d5a 40059cb7c86c5c5c",
     "too_large": "b6e09aa99f080e8f 136ded5924ace320 136ded5924ace320",
+    "choice": "e9e7f587718e2574 16d72ed117678a24 e678100830943bb8",
     "appendix_1": "2f6973fc851c59c5 1d85f59d285f0e88 5a11e7c5ce18407d",
-    "appendix_2": "809a5b44753f776f 7d4a3f14569620cc f6a2e6046d74006e",
-    "appendix_3": "a5da7377a3644b33 c6c817ed7259bf4e 8bcd86f91f4222c0",
-    "appendix_4": "cf65e4559ddeb448 7294c33ec1c45361 88037e80ef6d08b0",
-    "appendix_5": "4af55f953e6c4759 fd36d0f251d0bd52 b417bcf3fa9f6727",
-    "appendix_6": "985b69f8f38c04e2 2ee464609fb0ab51 d420138cc1f04a49",
+    "appendix_2": "809a5b44753f776f 02122cb8920b74f3 f6a2e6046d74006e",
+    "appendix_3": "50fda2750d02388b 2efa120324c53b54 133b72e2ff3acd22",
+    "appendix_4": "46d958d2d5d286b1 0cb11effd77461b3 5e79472f6052f04c",
+    "appendix_5": "4af55f953e6c4759 ddb5fdc0b4e69805 cc5391313b1f240b",
+    "appendix_6": "985b69f8f38c04e2 20823fae2a433c8d d420138cc1f04a49",
     "appendix_7": "774f1137d32b7e89 8ddc742463f118b7 b9b8ba8e9818b704",
-    "accuracy": "d4b118bb68745ba9 bf22b62d7a0273f0 96a7ec1539a9c6a9",
+    "accuracy": "d4b118bb68745ba9 99718f0f0c47c2ae 96a7ec1539a9c6a9",
     "accuracy_settings": "cae827071143653c f88ff2ec0b280752 932510f6e81a227a",
-    "starts": "850a8286176706ef b26e2d23d2dcbd11 f4717c62cabbd659",
+    "starts": "02a019e4c657e886 be487b05803737d2 16692439759fc490",
+    "starts_glyphs": "caca7d84e440c0b9 33f54ecccd51b679 22c87bbfed99a36d",
+    "starts_sinusoids": "cf1bc0e03763f4f8 f6511eee86b57324 5aebaeb36c6880be",
+    "starts_5_steps": "003113390cfc1f54 49eac159a8d3bb3f 744ecc195b29c8e8",
+    "starts_5_shot": "04d57400484306ae 34c24d6f50479400 9595f33f814b8b56",
+    "starts_20_way": "75d0135dd690656c e99b7ed31c0698bf 1a866a5b17957be3",
 }
 EVERY = [(figure, profile) for figure in experiments.FIGURES for profile in settings.PROFILES]
 
@@ -56,8 +63,10 @@ def test_no_run_is_listed_twice_and_those_of_a_figure_share_their_shapes(figure,
     for labels, config, parts in runs:
         still = config.hyper_alpha == config.hyper_beta == 0
         assert still == (labels["method"] == "MAML" or labels["method"] in experiments.PARTS)
-        assert config.data == ("glyphs" if profile == "quick" else "omniglot")
+        glyphs = profile == "quick" or figure == "starts_glyphs"
+        assert config.data == ("glyphs" if glyphs else "omniglot")
         assert (config.seed in settings.TRIAL) == (figure in settings.TRIALS)
+        assert (config.seed >= 100_000) == (figure == "choice")  # chosen on starts of its own
         assert parts == "" or parts in experiments.PARTS
 
 
@@ -70,7 +79,7 @@ def test_a_grid_has_all_its_cells_for_each_pair_of_hyper_rates_and_each_seed(pro
     seeds = {config.seed for config in configs}
     assert sides[0] == sides[1] and (0.0, 0.0) in pairs
     assert len(configs) == len(sides[0]) ** 2 * len(pairs) * len(seeds)
-    assert {config.threshold for config in configs} == {settings.THRESHOLD}
+    assert {config.threshold for config in configs} == {None}  # no run stops at it
     first = configs[: len(configs) // len(seeds)]
     assert {config.seed for config in first} == {0}  # a part of the runs is a whole grid
 
@@ -100,18 +109,27 @@ def test_the_appendix_varies_what_its_captions_say(profile):
 
 
 @pytest.mark.parametrize("profile", settings.PROFILES)
-def test_random_starts_are_paired_by_start_and_seed(profile):
-    runs = [
-        run for run in experiments.runs_of("starts", profile) if run.labels["variant"] != "Adam"
-    ]
-    _, last = settings.N_STARTS[profile]
-    assert len({run.config.seed for run in runs}) == last
+@pytest.mark.parametrize("figure", settings.N_STARTS)
+def test_random_starts_are_paired_by_start_and_seed(figure, profile):
+    runs = experiments.runs_of(figure, profile)
+    slow, first, last = settings.N_STARTS[figure][profile]
+    counts = Counter(run.labels["variant"] for run in runs)
+    more = settings.MAIN if last > first else counts
+    assert all(
+        counts[v] == (slow if v in settings.SLOW else last if v in more else first) for v in counts
+    )
     plain = {r.labels["start"]: r.config for r in runs if r.labels["variant"] == "plain"}
     for run in runs:
         paired = plain[run.labels["start"]]
-        assert (run.config.seed, run.config.beta) == (paired.seed, paired.beta)
+        assert run.config.seed == paired.seed
         assert run.config.alpha == pytest.approx(paired.alpha, rel=2e-6)
+        assert run.config.beta == paired.beta or run.config.meta_optimizer == "adam"
         assert all(1e-4 <= rate <= 10 for rate in (paired.alpha, paired.beta))
+
+
+def test_the_table_of_starts_stays_the_same():
+    starts = experiments.log_uniform(1024, 0, settings.RATES, settings.RATES)
+    assert hashlib.sha256(json.dumps(starts).encode()).hexdigest()[:16] == "c88e1dee56e6930b"
 
 
 def test_grids_publish_fewer_rows_of_a_run_and_starts_the_fewest():

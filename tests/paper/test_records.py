@@ -19,6 +19,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import amaml
+from amaml.config import NUMERICS
 from amaml.paper import __main__ as program
 from amaml.paper import claims, experiments, figures, records, settings
 from amaml.runs.parts import run_id
@@ -26,7 +27,9 @@ from amaml.runs.store import lock
 
 NAME = "figure_9-small.csv.gz"
 ORDER = [f"run{i}" for i in range(100)]
-MAKER = dict.fromkeys(records.TOLD, "abc") | {"versions": {"torch": "2"}, "clean": True}
+MAKER = dict.fromkeys(records.TOLD, "abc") | {
+    "versions": {"torch": "2"}, "clean": True, "numerics": NUMERICS
+}  # fmt: skip
 
 
 def rows(run: str, value: float = 0.5) -> pd.DataFrame:
@@ -138,6 +141,20 @@ def test_publishing_again_replaces_a_run_drops_strangers_and_keeps_the_order(tmp
     table, made_by = read(tmp_path)
     pd.testing.assert_frame_equal(table, expected)
     assert [list(batch["runs"]) for batch in made_by] == [["run0", "run2"]]
+
+
+def test_records_of_another_version_of_the_numerics_go_as_new_ones_come(tmp_path):
+    old = [MAKER | {"numerics": NUMERICS - 1, "runs": {"run0": 1.5}}]
+    records.write_records("figure_9", "small", rows("run0"), old, tmp_path)
+    table = publish(tmp_path, "run1")
+    assert table["run"].unique().tolist() == ["run1"]
+
+
+def test_the_records_of_the_starts_are_of_one_version_from_a_clean_tree():
+    table, made_by = records.read_records("starts", "medium")
+    assert {batch["numerics"] for batch in made_by} == {NUMERICS}
+    assert all(batch["clean"] for batch in made_by)
+    assert {run for batch in made_by for run in batch["runs"]} == set(table["run"])
 
 
 def test_fewer_rows_keep_the_ends_the_spacing_and_the_validations():

@@ -108,7 +108,7 @@ def test_a_run_whose_end_is_not_on_the_disk_ends_as_it_did(tmp_path, monkeypatch
     whole = train(tmp_path / "whole", config)
     assert whole.status == status
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_short(patch, (whole.iteration - 1) // 3, "amaml.training.checkpoint")
+        cut_short(patch, (whole.iteration - 1) // 3, "amaml.training.save")
         train(tmp_path, config)
     assert not train(tmp_path, config).read
     assert bits(tmp_path / config.id) == bits(tmp_path / "whole" / config.id)
