@@ -11,7 +11,7 @@ RETRAINED := $(if $(filter-out 0 no false False,$(RETRAIN)),True,False)
 # The figure chapters need images only to train: with records they draw from those, in seconds. The
 # chapter on one's own tasks makes them itself, the one on performance draws from its record alone.
 TEACHING := 01_tasks 02_maml 03_hypergradients 04_alpha_maml
-FIGURES := 05_figure_1 06_figures_2_3 07_appendix_figures 10_claims
+FIGURES := 05_figure_1 06_figures_2_3 07_appendix_figures 09_tuning 10_claims
 OWN := 11_your_own
 RECORDED := 12_performance
 EXECUTED := $(if $(DATA)$(filter quick,$(PROFILE)),$(TEACHING)) $(FIGURES) $(OWN) $(RECORDED)

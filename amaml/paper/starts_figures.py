@@ -26,6 +26,7 @@ LINES: dict[str, tuple[str, str, str]] = {
     "h = 0.01": ("Alpha MAML, h = 0.01", "#1B2A6B", "-"),
     "h = 0.1": ("Alpha MAML, h = 0.1", "#8C6BB1", "-"),
     "h drawn": ("Alpha MAML, h drawn", "#56B4E9", "-"),
+    "h drawn narrowly": ("Alpha MAML, h drawn within 100", "#56B4E9", "--"),
     "alpha alone": (r"only $\alpha$ adapted", "#009E73", "-."),
     "beta alone": (r"only $\beta$ adapted", "#CC79A7", "-."),
     "frozen": ("rates frozen after 10", "0.3", "-."),

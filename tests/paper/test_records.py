@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -155,6 +156,17 @@ def test_the_records_of_the_starts_are_of_one_version_from_a_clean_tree():
     assert {batch["numerics"] for batch in made_by} == {NUMERICS}
     assert all(batch["clean"] for batch in made_by)
     assert {run for batch in made_by for run in batch["runs"]} == set(table["run"])
+
+
+def test_the_front_page_and_the_readme_tell_what_the_records_say():
+    table, _ = records.read_records("starts", "medium")
+    losses = claims.final_losses(table[table["meta_optimizer"] == "sgd"], math.log(5))
+    pages = [(records.PROJECT / page).read_text() for page in ("README.md", "book/index.md")]
+    for line, words in (("h = 0.001", "worth {:.0f}\\s+trials"), ("h drawn", "worth {:.0f}\\.")):
+        value, low, high = claims.interval(claims.trials_worth, losses[line], losses["plain"])
+        assert all(re.search(words.format(value), page) for page in pages), (line, value)
+        told = f"{low:.0f} to {high:.0f}"
+        assert line == "h drawn" or all(told in page for page in pages), told
 
 
 def test_fewer_rows_keep_the_ends_the_spacing_and_the_validations():
