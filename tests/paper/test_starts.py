@@ -79,7 +79,7 @@ def test_a_sinusoid_run_of_the_study_goes_by_its_rule(tmp_path):
     (plan, *_) = [plan for plan in plans if plan.labels["variant"] == "scale-free"]
     config = replace(plan.config, iterations=4)
     run = amaml.train(config, tmp_path, name=plan.parts, **experiments.PARTS[plan.parts])
-    assert run.status == "finished" and "slopes" in run.state.moments
+    assert run.status == "done" and "slopes" in run.state.moments
     steps = np.diff(np.log(run.metrics["alpha"]))
     assert abs(steps[0]) == pytest.approx(1, rel=1e-5) and (np.abs(steps) <= 1.0001).all()
 
