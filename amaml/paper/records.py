@@ -257,5 +257,6 @@ def read_records(
         raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
     # Empty fields are NaN; the ids of runs stay text also where they could be numbers.
     kept = {"dtype": {"run": str}, "keep_default_na": False, "na_values": [""]}
+    kept["low_memory"] = False  # one type per column, however long
     exact = {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
     return pd.read_csv(io.StringIO(rows), **kept, **exact), made_by

@@ -29,7 +29,7 @@ LINES: dict[str, tuple[str, str, str]] = {
     "h drawn narrowly": ("Alpha MAML, h drawn within 100", "#56B4E9", "--"),
     "alpha alone": (r"only $\alpha$ adapted", "#009E73", "-."),
     "beta alone": (r"only $\beta$ adapted", "#CC79A7", "-."),
-    "frozen": ("rates frozen after 10", "0.3", "-."),
+    "frozen": ("rates frozen after ten iterations", "0.3", "-."),
     "learned alpha": (r"$\alpha$ learned by the meta-step", "#009E73", ":"),
     "Meta-SGD": ("Meta-SGD", "#CC79A7", ":"),
     "LSLR": ("LSLR", "#A6761D", ":"),
