@@ -135,16 +135,15 @@ def meta_step(
     )
     d_beta = -dot(gradient, previous)  # (6)
     direction, moments = descent_direction(gradient, moments)
+    next_alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), alpha: for the next iteration
+    beta = update_rate(beta, hyper_beta, d_beta)  # (9), beta
     kept = direction
-    if "slopes" in moments:
+    if "slopes" in moments:  # the scale-free rule, in place of these two
         hypers = (hyper_alpha, hyper_beta, d_alpha, d_beta, metrics["query_loss"])
         next_alpha, beta, kept, moments = scale_free_rates(
             state, moments, gradient, direction, *hypers
         )
-    else:
-        next_alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), first line: for the next time
-        beta = update_rate(beta, hyper_beta, d_beta)  # (9), second line
-    theta = {name: theta[name] - beta * direction[name] for name in theta}  # (9), third line
+    theta = {name: theta[name] - beta * direction[name] for name in theta}  # (9), theta
     metrics |= {"alpha": alpha, "beta": beta, "gradient_norm": norm(gradient)}
     metrics |= {"d_alpha": d_alpha, "d_beta": d_beta}
     return MetaState(theta, next_alpha, beta, kept, moments), metrics

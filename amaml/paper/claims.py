@@ -35,11 +35,10 @@ def final_losses(table: pd.DataFrame, guessing: float, by: str = "variant") -> p
         by: the column that tells the lines apart.
 
     Returns:
-        Losses of the starts from which every line has its run; with a line of fewer starts, select
-        the columns of `table` first.
+        The losses; not a number where a line has no run from that start.
     """
     ends = final_validation(table, WINDOW)
-    ends["loss"] = ends["validation_loss"].fillna(np.inf).clip(upper=CAP * guessing)
+    ends["loss"] = ends["validation_loss"].clip(upper=CAP * guessing)
     return ends.pivot(index="start", columns=by, values="loss")
 
 
@@ -133,7 +132,8 @@ def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:
         if line != against and len(pair):
             row["ends lower"] = format_interval(*interval(share_better, ours, theirs))
             row["loss ratio"] = format_interval(*interval(loss_ratio, ours, theirs))
-            row["trials"] = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
+            trials = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
+            row["trials"] = trials.replace(f"{MOST_TRIALS}", f"over {MOST_TRIALS - 1}")
         rows[line] = row
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -143,8 +142,3 @@ def first_jump(table: pd.DataFrame) -> pd.DataFrame:
     first, last = runs.first(), runs.last()
     jumped = first["alpha_0"] + first["hyper_alpha"] * first["d_alpha"].abs()
     return pd.DataFrame({"jumped": jumped, "alpha": last["alpha"], "alpha_0": first["alpha_0"]})
-
-
-def log_spread(first: pd.Series, second: pd.Series) -> float:
-    """The median distance of two positive numbers, in powers of ten."""
-    return float(np.median(np.abs(np.log10(first) - np.log10(second)))) if len(first) else math.nan

@@ -77,6 +77,7 @@ def test_effects_compare_each_line_over_the_starts_that_both_have():
     assert effects["starts"].to_dict() == {"plain": 3, "h": 2}
     assert effects.loc["h", "ends lower"] == "1.00 (1.00 to 1.00)"
     assert effects.loc["plain", "loss ratio"] == ""
+    assert effects.loc["h", "trials"].startswith("over 1023")  # the best of "plain" is 1.0
     assert effects.loc["h", "loss ratio"].startswith(f"{math.sqrt(0.125):.2f} ")
 
 

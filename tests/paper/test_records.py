@@ -161,6 +161,7 @@ def test_the_records_of_the_starts_are_of_one_version_from_a_clean_tree():
 def test_the_front_page_and_the_readme_tell_what_the_records_say():
     table, _ = records.read_records("starts", "medium")
     losses = claims.final_losses(table[table["meta_optimizer"] == "sgd"], math.log(5))
+    assert len(losses) == 128  # as the caption on the front page says
     pages = [(records.PROJECT / page).read_text() for page in ("README.md", "book/index.md")]
     for line, words in (("h = 0.001", "worth {:.0f}\\s+trials"), ("h drawn", "worth {:.0f}\\.")):
         value, low, high = claims.interval(claims.trials_worth, losses[line], losses["plain"])
