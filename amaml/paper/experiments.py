@@ -173,7 +173,7 @@ class Line(NamedTuple):
     rule: str = "additive"
 
 
-def lines_of(figure: str, n: int) -> list[Line]:
+def lines_of(figure: str, profile: str, n: int) -> list[Line]:
     """The methods of an experiment, from the same `n` starts."""
     stream = settings.STREAM.get(figure, 0)
     sgd = log_uniform(n, stream, settings.RATES, settings.RATES)
@@ -214,7 +214,7 @@ def lines_of(figure: str, n: int) -> list[Line]:
         Line("LSLR", sgd, [MAML] * n, parts="LSLR"),
     ]
     everywhere = [line for line in lines if line.variant in settings.ELSEWHERE]
-    return lines if figure == "starts" else everywhere
+    return lines if figure == "starts" and profile != "quick" else everywhere
 
 
 def random_starts(figure: str, profile: str) -> list[PlannedRun]:
@@ -224,7 +224,7 @@ def random_starts(figure: str, profile: str) -> list[PlannedRun]:
     of all but the slow ones, then the rest of the main ones.
     """
     slow, first, last = settings.N_STARTS[figure][profile]
-    lines = lines_of(figure, last)
+    lines = lines_of(figure, profile, last)
     fast_lines = [line for line in lines if line.variant not in settings.SLOW]
     main = [line for line in lines if line.variant in settings.MAIN]
     blocks = ((range(slow), lines), (range(slow, first), fast_lines), (range(first, last), main))

@@ -31,7 +31,7 @@ FROZEN = {
     "appendix_7": "774f1137d32b7e89 8ddc742463f118b7 b9b8ba8e9818b704",
     "accuracy": "d4b118bb68745ba9 99718f0f0c47c2ae 96a7ec1539a9c6a9",
     "accuracy_settings": "cae827071143653c f88ff2ec0b280752 932510f6e81a227a",
-    "starts": "02a019e4c657e886 be487b05803737d2 16692439759fc490",
+    "starts": "0429e14c40a90aae be487b05803737d2 16692439759fc490",
     "starts_glyphs": "caca7d84e440c0b9 33f54ecccd51b679 22c87bbfed99a36d",
     "starts_sinusoids": "cf1bc0e03763f4f8 f6511eee86b57324 5aebaeb36c6880be",
     "starts_5_steps": "003113390cfc1f54 49eac159a8d3bb3f 744ecc195b29c8e8",
