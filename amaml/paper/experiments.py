@@ -11,7 +11,7 @@ import torch
 from torch.quasirandom import SobolEngine
 
 from amaml.config import RunConfig
-from amaml.paper import rivals, settings, sinusoids
+from amaml.paper import rivals, settings, sinusoids, tried_rules
 from amaml.paper.settings import HYPER_RATE, PROFILES, Pair
 
 MAML: Pair = (0.0, 0.0)  # its hyper rates
@@ -24,7 +24,9 @@ PARTS: dict[str, dict] = {
     "Meta-SGD": {"step": rivals.LearnedRates(per_element=True)},
     "LSLR": {"step": rivals.LearnedRates(per_element=False)},
     "sinusoids": sinusoids.PARTS,
+    **{name: {"step": rule} for name, rule in tried_rules.TRIED.items()},
 }
+PARTS |= {f"sinusoids-{name}": sinusoids.PARTS | PARTS[name] for name in tried_rules.TRIED}
 
 
 class PlannedRun(NamedTuple):
@@ -41,7 +43,7 @@ def planned(
     """One run of a profile from (alpha, beta); hyper rates of 0 are MAML, or a rival in PARTS."""
     names = ("alpha", "beta", "hyper_alpha", "hyper_beta")
     rates = dict(zip(names, (*start, *hyper_rates), strict=True))
-    rival = parts if "step" in PARTS.get(parts, {}) else ""
+    rival = parts.removeprefix("sinusoids-") if "step" in PARTS.get(parts, {}) else ""
     method = {"method": "Alpha MAML" if any(hyper_rates) else rival or "MAML"}
     return PlannedRun(method | labels, RunConfig(**PROFILES[profile] | rates | fields), parts)
 
@@ -187,6 +189,18 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
             Line("Adam", adam, [MAML] * n, "adam"),
             *(Line(f"Adam, h = {pair[1]:g}", adam, [pair] * n, "adam") for pair in with_adam),
         ]
+    if figure in ("rules", "rules_sinusoids"):
+        parts, rates = figure.removeprefix("rules").removeprefix("_"), settings.TRIED_CONSTANTS
+        problem = f"{parts}-" if parts else ""
+        return [
+            Line("plain", sgd, [MAML] * n, parts=parts),
+            Line("h = 0.001", sgd, [ALPHA_MAML] * n, parts=parts),
+            Line("scale-free", sgd, [(1.0, 1.0)] * n, parts=parts, rule="scale-free"),
+            *(
+                Line(name, sgd, [rates.get(name, (1.0, 1.0))] * n, parts=f"{problem}{name}")
+                for name in tried_rules.TRIED
+            ),
+        ]
     drawn = log_uniform(n, 1, settings.DRAWN_HYPER_RATES, settings.DRAWN_HYPER_RATES)
     constants = log_uniform(n, 1, settings.DRAWN_CONSTANTS, settings.DRAWN_CONSTANTS)
     narrow = log_uniform(n, 1, settings.NARROW_HYPER_RATES, settings.NARROW_HYPER_RATES)
@@ -260,6 +274,8 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     ),
     "accuracy": accuracy,
     "accuracy_settings": accuracy,
+    "rules": random_starts,
+    "rules_sinusoids": random_starts,
     "starts": random_starts,
     "starts_glyphs": random_starts,
     "starts_sinusoids": random_starts,

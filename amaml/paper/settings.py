@@ -73,6 +73,7 @@ FIELDS: dict[str, dict] = {
     "accuracy_settings": FULL_LENGTH,
     "starts_glyphs": {"data": "glyphs"},
     "starts_sinusoids": {"k_shot": 10, "k_query": 10},
+    "rules_sinusoids": {"k_shot": 10, "k_query": 10},
     "starts_5_steps": {"inner_steps": 5},
     "starts_5_shot": FIVE_SHOT,
     "starts_20_way": {"n_way": 20},
@@ -96,6 +97,8 @@ SIZES = {
         "accuracy_settings": ((4, 10, 8, ONE), (4, 200, 16, ONE), (16, 60_000, 64, SEEDS)),
         "starts": ((4, 40, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
         "choice": ((4, 40, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
+        "rules": ((4, 20, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
+        "rules_sinusoids": ((8, 50, 64, ()), (8, 400, 64, ()), (8, 400, 64, ())),
         "starts_glyphs": ((4, 40, 16, ()), (8, 200, 32, ()), (32, 1000, 64, ())),
         "starts_sinusoids": ((8, 100, 64, ()), (8, 400, 64, ()), (8, 400, 64, ())),
         "starts_5_steps": ((4, 20, 16, ()), (4, 100, 16, ()), (32, 1000, 64, ())),
@@ -141,13 +144,16 @@ TRIED_HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of alpha and of beta a
 TRIED_WITH_ADAM = (1e-7, 1e-6, 1e-5, 1e-4)  # of beta; that of alpha is HYPER_RATE
 # The seed of the first start and the stream of the starts: what is chosen is chosen on starts and
 # seeds of its own
-FIRST_SEED, STREAM = {"choice": 100_000}, {"choice": 2}
+FIRST_SEED = {"choice": 100_000, "rules": 100_000, "rules_sinusoids": 100_000}
+STREAM = {"choice": 2, "rules": 3, "rules_sinusoids": 3}
 # How many starts in each profile: of the slow methods, of all others, of the main ones
 N_STARTS = {
     figure: dict(zip(PROFILES, numbers, strict=True))
     for figure, numbers in {
         "starts": ((4, 12, 12), (64, 128, 256), (256, 256, 1024)),
         "choice": ((0, 4, 4), (0, 32, 32), (0, 32, 32)),
+        "rules": ((0, 2, 2), (0, 32, 32), (0, 32, 32)),
+        "rules_sinusoids": ((0, 2, 2), (0, 32, 32), (0, 32, 32)),
         "starts_glyphs": ((0, 4, 4), (0, 64, 64), (0, 64, 64)),
         "starts_sinusoids": ((0, 8, 8), (0, 64, 64), (0, 256, 256)),
         "starts_5_steps": ((0, 4, 4), (0, 64, 64), (0, 64, 64)),
@@ -155,6 +161,8 @@ N_STARTS = {
         "starts_20_way": ((0, 4, 4), (0, 32, 32), (0, 64, 64)),
     }.items()
 }
+# Of the tried rules that have a hyper rate: those of alpha and of beta; of all others 1
+TRIED_CONSTANTS = {"MAML-bounded": (0.0, 0.0), "additive-bounded": (HYPER_RATE, HYPER_RATE)}
 DRAWN_CONSTANTS = (0.1, 10.0)  # of the scale-free rule
 NARROW_HYPER_RATES = (1e-4, 1e-2)  # as wide, around HYPER_RATE
 MAIN = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")  # lines with more starts than others
