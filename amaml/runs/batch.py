@@ -105,9 +105,16 @@ class RunBatch:
     def add_test_metrics(self, run: Run) -> None:
         """Measure a finished run on tasks of the test characters, which nothing was chosen by."""
         tasks = self.fixed_tasks(run, "test")
-        numbers = summary(self.measure(run.state, tasks, self.config.test_inner_steps))
-        for name, value in numbers.items():
-            run.metrics.loc[run.metrics.index[-1], name.replace("query", "test")] = value
+        for steps, suffix in test_columns(self.config).items():
+            for name, value in summary(self.measure(run.state, tasks, steps)).items():
+                run.metrics.loc[run.metrics.index[-1], name.replace("query", "test") + suffix] = (
+                    value
+                )
+
+
+def test_columns(config: RunConfig) -> dict[int, str]:
+    """The inner steps after which the test metrics are measured, and how their columns end."""
+    return {1: "_1_step", config.test_inner_steps: ""} if config.test_tasks else {}
 
 
 def stacked(tasks: Sequence[Tasks]) -> list[Tensor]:
@@ -178,8 +185,8 @@ def to_rows(
     for kind in [name.removeprefix("query_") for name in names if name.startswith("query_")]:
         found = {iteration: numbers[f"query_{kind}"] for iteration, numbers in measured.items()}
         rows[f"validation_{kind}"] = rows["iteration"].map(found).astype(float).where(finite)
-        if config.test_tasks:
-            rows[[f"test_{kind}", f"test_{kind}_ci95"]] = np.nan
+        for suffix in test_columns(config).values():
+            rows[[f"test_{kind}{suffix}", f"test_{kind}_ci95{suffix}"]] = np.nan
     loss = rows["validation_loss"]
     diverged = ~finite | rows["iteration"].isin(measured) & ~np.isfinite(loss)
     reached = loss <= (-np.inf if config.threshold is None else config.threshold)

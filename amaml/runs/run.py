@@ -30,7 +30,8 @@ class Run:
             measures, and at every validation_every-th, after that iteration's update,
             `validation_loss` and `validation_accuracy` (else empty). With test_tasks the last row
             has `test_loss`, `test_accuracy` and their 95 % intervals `test_loss_ci95` and
-            `test_accuracy_ci95` (mean +- ci95 over the tasks).
+            `test_accuracy_ci95` (mean +- ci95 over the tasks), after test_inner_steps; the same
+            with `_1_step` at the end are after one inner step, where that is another number.
         status: "done", "reached" (the threshold), "diverged" (something stopped being finite), or
             "running" (from `load_run` alone).
         iteration: the last one; for "diverged" the first with a number that is not finite.
