@@ -28,8 +28,10 @@ def alpha(bench: Bench) -> Rows:
         nonlocal theta
         theta = maml_step(theta, alpha, BETA, tasks)
 
-    step = amaml_step(model, inner_steps=1)
-    return bench.interleave({"MAML": maml, "Alpha MAML": lambda: step(tasks)}, 40, STANDARD)
+    contestants = {"MAML": maml}
+    for name, rule in (("Alpha MAML", "additive"), ("scale-free rule", "scale-free")):
+        contestants[name] = partial(amaml_step(model, inner_steps=1, rule=rule), tasks)
+    return bench.interleave(contestants, 60, STANDARD)
 
 
 def sample_of_32(bench: Bench) -> amaml.Tasks:

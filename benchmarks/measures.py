@@ -119,9 +119,9 @@ def amaml_iteration(bench: Bench, model, sampler, inner_steps: int, meta_batch_s
     return iteration
 
 
-def amaml_step(model, inner_steps: int) -> Callable:
+def amaml_step(model, inner_steps: int, rule: str = "additive") -> Callable:
     """One iteration of Alpha MAML as a function of the tasks; it keeps the state."""
-    state = amaml.init_state(model, ALPHA, BETA)
+    state = amaml.init_state(model, ALPHA, BETA, rule=rule)
     rates = {name: torch.tensor(rate).to(state.alpha) for name, rate in RATES.items()}
 
     def step(tasks: amaml.Tasks) -> None:

@@ -161,7 +161,7 @@ def test_the_parts_of_an_iteration_are_all_of_it():
 def test_a_part_of_the_benchmark_runs_and_is_recorded(tmp_path, capsys, one_thread):
     bench.main(["--only", "alpha", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)])
     table, (maker,) = records.read_records("performance", "cpu", tmp_path)
-    assert list(table["contestant"]) == ["MAML", "Alpha MAML"]
+    assert list(table["contestant"]) == ["MAML", "Alpha MAML", "scale-free rule"]
     assert {"measure", "contestant", "round", "value", "unit"} <= set(table.columns)
     assert {"commit", "versions", "machine", "threads", "precision", "left_out"} <= set(maker)
     printed = capsys.readouterr().out
