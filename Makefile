@@ -76,8 +76,8 @@ test: $(VENV)/installed  ## lint, the module's tests, the notebooks' outputs, th
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs \
 		--cov=amaml --cov-report=term --cov-fail-under=95 --ignore tests/book/test_pairs.py tests
-	$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-kernel-startup-timeout=120 \
-		-p no:cacheprovider book
+	@printf '%s\n' book/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -m pytest -q \
+		--nbval --nbval-current-env --nbval-kernel-startup-timeout=120 -p no:cacheprovider
 	$(BIN)/python -m pytest -q tests/book/test_pairs.py
 
 fuzz: $(VENV)/installed  ## random damage to all files for SECONDS=600, from SEED=0

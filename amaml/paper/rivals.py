@@ -90,7 +90,8 @@ class LearnedRates:
         gradients, metrics = mapped(model, of_task, *vars(tasks).values())
         gradient, d_rates = ({n: g.mean(0) for n, g in each.items()} for each in gradients)
         metrics = {name: value.mean(0) for name, value in metrics.items()}
-        beta, alpha = state.beta, torch.cat([rate.flatten() for rate in rates.values()]).mean()
+        moving = [rate.flatten() for name, rate in rates.items() if name not in meta_only(model)]
+        beta, alpha = state.beta, torch.cat(moving).mean()
         metrics |= {"alpha": alpha, "beta": beta, "gradient_norm": dot(gradient, gradient).sqrt()}
         metrics["d_alpha"] = torch.stack([g.sum() for g in d_rates.values()]).sum()
         metrics["d_beta"] = torch.zeros_like(beta)

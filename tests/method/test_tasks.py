@@ -49,6 +49,8 @@ def test_what_a_task_promises(size, seed):
     assert tasks.query_x.shape == (batch, n_way * k_query, 1, 5, 5)
     assert tasks.support_x.dtype == torch.float32
     assert tasks.support_y.dtype == tasks.query_y.dtype == torch.int64
+    for labels, k in ((tasks.support_y, k_shot), (tasks.query_y, k_query)):
+        assert torch.equal(labels, torch.arange(n_way).repeat_interleave(k).expand(batch, -1))
     s_character, s_drawing, s_turn = read_back(tasks.support_x)
     q_character, q_drawing, q_turn = read_back(tasks.query_x)
     for i in range(batch):
