@@ -9,6 +9,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,10 @@ from PIL import Image
 
 import amaml
 from amaml.datasets import omniglot
+
+# No example is judged by its time
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

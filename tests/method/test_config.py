@@ -30,7 +30,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(FIELDS, FIELDS)
 def test_ids_are_equal_where_the_configs_are_and_only_there(first, second):
     a, b = amaml.RunConfig(**first), amaml.RunConfig(**second)

@@ -54,7 +54,7 @@ tables = st.lists(
 )
 
 
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=60)
 @given(tables)
 def test_any_table_comes_back_bit_for_bit(content):
     names = ["run", "method", "rotate", "iteration", "alpha", "query_loss"]

@@ -46,7 +46,7 @@ plain = st.recursive(
 numbers = st.floats(width=64) | st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 5e-324])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(), plain), st.lists(numbers, min_size=1))
 def test_whatever_is_written_comes_back_bit_for_bit(about, values):
     about = {f"told {name}": value for name, value in about.items()}
