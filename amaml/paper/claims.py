@@ -8,7 +8,6 @@ diverged counts as the cap.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -19,10 +18,8 @@ from amaml.paper.settings import THRESHOLD
 
 CAP = 3.0  # in units of the loss of guessing
 WINDOW = 50  # iterations at the end of a run whose validations are its final loss
-RESAMPLES = 2000  # of the starts or seeds
+RESAMPLES = 2000  # of the starts
 MOST_TRIALS = 1024  # that are tried for `trials_worth`
-COMPARED = ("won", "faster", "same", "slower", "lost", "neither")
-START = ["alpha_0", "beta_0"]
 Interval = tuple[float, float, float]  # a value and its 95 % interval: (value, low, high)
 
 
@@ -69,10 +66,15 @@ def loss_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarr
     return np.exp(np.mean(np.log(ours) - np.log(theirs), axis=axis))
 
 
+def tail_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The ratio of paired final losses that one start in ten exceeds: how bad it gets."""
+    return np.quantile(np.asarray(ours) / np.asarray(theirs), 0.9, axis=axis)
+
+
 def trials_worth(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
     """How many trials of `theirs` one run of `ours` is worth: the least k whose expected best is at
     most the expected loss of one run; MOST_TRIALS where that many do not reach it."""
-    goal = np.mean(ours, axis=axis)
+    goal = np.mean(ours, axis=axis) * (1 + 1e-12)  # one run of a method is worth one of its own
     low, high = np.ones_like(goal, dtype=int), np.full_like(goal, MOST_TRIALS, dtype=int)
     while np.any(low < high):  # by bisection: the expected best falls with k
         middle = (low + high) // 2
@@ -100,6 +102,18 @@ def interval(statistic: Callable, *losses: np.ndarray | pd.Series) -> Interval:
     )  # fmt: skip
     low, high = result.confidence_interval
     return value, float(low), float(high)
+
+
+def share_interval(hits: np.ndarray | pd.Series) -> Interval:
+    """A share with its 95 % binomial interval (Clopper and Pearson), also where none or all hit.
+
+    Args:
+        hits: one per run, true or false; 0.5 for a tie.
+    """
+    n, k = len(hits), float(np.sum(hits))
+    low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
+    high = stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
+    return (k / n, float(low), float(high)) if n else (np.nan, np.nan, np.nan)
 
 
 def format_interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
@@ -136,62 +150,6 @@ def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:
             row["trials"] = trials.replace(f"{MOST_TRIALS}", f"over {MOST_TRIALS - 1}")
         rows[line] = row
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
-
-
-def compare(counted: pd.DataFrame, on: list[str] = START) -> pd.DataFrame:
-    """Alpha MAML's rows beside MAML's of the same start, with a column `compared`.
-
-    Counts are the same where they differ by at most one validation or a tenth, else faster or
-    slower; where only Alpha MAML reaches the threshold it is won, where only MAML does lost. MAML's
-    count and outcome are in `reached_at_maml` and `outcome_maml`.
-
-    Args:
-        counted: One row per run (`until_threshold`) or per cell (`middle_seeds`).
-        on: What pairs the rows; `[*START, "seed"]` for runs.
-    """
-    maml = counted.loc[counted["method"] == "MAML", [*on, "reached_at", "outcome"]]
-    pairs = counted[counted["method"] == "Alpha MAML"].merge(
-        maml, on=on, suffixes=("", "_maml"), validate="many_to_one"
-    )
-    more = pairs["reached_at"] - pairs["reached_at_maml"]
-    ours, theirs = pairs["reached_at"].notna(), pairs["reached_at_maml"].notna()
-    step = np.maximum(pairs["validation_every"], 0.1 * pairs["reached_at_maml"])
-    cases = [ours & ~theirs, more < -step, more.abs() <= step, more > step, ~ours & theirs]
-    return pairs.assign(compared=np.select(cases, COMPARED[:-1], COMPARED[-1]))
-
-
-def bootstrap_interval(
-    by_seed: pd.DataFrame | pd.Series, statistic: Callable = np.mean
-) -> tuple[float, float, float]:
-    """A statistic over the seeds, and its 95 % bootstrap interval: (value, low, high).
-
-    `by_seed` has one row per seed. All resamples are taken where they are few, which leaves nothing
-    to chance. For one seed, or a statistic that some resample does not have, the interval is NaN.
-    """
-    n, value = len(by_seed), float(statistic(by_seed))
-    if n**n <= 10_000:
-        drawn = list(product(range(n), repeat=n))
-    else:
-        drawn = np.random.default_rng(0).integers(n, size=(10_000, n)).tolist()
-    resampled = [float(statistic(by_seed.iloc[list(rows)])) for rows in drawn]
-    if n < 2 or np.isnan(resampled).any():
-        return value, np.nan, np.nan
-    # An observed value each, since a loss can be infinite
-    low, high = np.percentile(resampled, (2.5, 97.5), method="inverted_cdf")
-    return value, float(low), float(high)
-
-
-def longest_streak(good: pd.Series) -> list[float]:
-    """The longest stretch of neighbouring rates for which `good`, booleans by rate, is true."""
-    streaks: list[list[float]] = [[]]
-    for rate, is_good in good.items():
-        streaks.append([*streaks[-1], rate] if is_good else [])
-    return max(streaks, key=len)
-
-
-def powers_of_ten(rates: list[float]) -> float:
-    """How many powers of ten rates span, from the first to the last; NaN where there are none."""
-    return round(float(np.log10(rates[-1] / rates[0])), 1) if rates else np.nan
 
 
 def region(alpha_0: pd.Series, beta_0: pd.Series) -> pd.Series:

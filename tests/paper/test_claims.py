@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from amaml.paper import claims
 
@@ -34,6 +35,7 @@ def test_the_share_below_and_the_effects_of_pairs_by_hand():
     assert claims.share_below(ours, 2.0) == 0.5  # at most, so 2.0 counts
     assert claims.share_better(ours, theirs) == (1 + 0.5 + 0 + 1) / 4
     assert claims.loss_ratio(ours, theirs) == pytest.approx((0.5 * 1 * 2 * 0.5) ** 0.25)
+    assert claims.tail_ratio(ours, theirs) == pytest.approx(1.7)  # 0.5, 0.5, 1, 2 at place 2.7
     assert claims.loss_ratio(ours, ours) == 1 and claims.share_better(ours, ours) == 0.5
 
 
@@ -49,6 +51,8 @@ def test_how_many_trials_a_run_is_worth_by_hand():
     for ours, trials in ((2.0, 1), (1.99, 2), (1.5, 2), (1.2, 4), (0.99, 1024)):
         assert claims.trials_worth(np.array([ours]), theirs) == trials
     assert claims.trials_worth(np.array([[2.0], [1.2]]), theirs[None]).tolist() == [1, 4]
+    own = np.random.default_rng(0).lognormal(size=(50, 128))
+    assert (claims.trials_worth(own, own) == 1).all()
 
 
 def test_an_interval_covers_as_often_as_it_says_and_is_the_same_each_time():
@@ -63,6 +67,17 @@ def test_an_interval_covers_as_often_as_it_says_and_is_the_same_each_time():
     assert claims.interval(np.mean, sample) == claims.interval(np.mean, sample)
     assert claims.interval(np.mean, sample[:1])[0] == sample[0]
     assert math.isnan(claims.interval(np.mean, sample[:1])[1])
+
+
+def test_a_share_has_the_binomial_interval_also_where_none_or_all_hit():
+    none, every = claims.share_interval(np.zeros(10)), claims.share_interval(np.ones(10))
+    assert none == (0, 0, pytest.approx(1 - 0.025**0.1))  # of n runs none: (1 - p)^n = 0.025
+    assert every == (1, pytest.approx(0.025**0.1), 1)
+    exact = stats.binomtest(3, 20).proportion_ci(method="exact")
+    expected = pytest.approx((0.15, exact.low, exact.high))
+    assert claims.share_interval(np.array([True] * 3 + [False] * 17)) == expected
+    assert claims.share_interval(np.array([0.5, 0.5, 1.0]))[0] == pytest.approx(2 / 3)
+    assert all(map(math.isnan, claims.share_interval(np.array([]))))
 
 
 def test_pairs_are_resampled_together():
