@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,12 +12,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scipy import stats
 
-from amaml.paper.claims import expected_best, interval, share_below
+from amaml.paper.claims import expected_best, interval, share_below, share_interval
 from amaml.paper.figures import COLOURS, plain_log_ticks, use_style
 
 LOSSES = (0.5, 0.6, 0.8, 1, 1.5, 2, 3, 4, 6, 8, 12)  # ticks
 TRIALS = (1, 2, 4, 8, 16, 32, 64)
+# Starting rates up to 0.01, up to 1 and above
+GROUPS = {"start below 0.01": "#882255", "from 0.01 to 1": "0.6", "above 1": "#DDAA33"}
 # How a line of an experiment is named and drawn: MAML dashed, Alpha MAML solid, rivals dotted
 LINES: dict[str, tuple[str, str, str]] = {
     "plain": ("MAML", COLOURS["MAML"], "--"),
@@ -32,6 +37,8 @@ LINES: dict[str, tuple[str, str, str]] = {
     "learned alpha": (r"$\alpha$ learned by the meta-step", "#009E73", ":"),
     "Meta-SGD": ("Meta-SGD", "#CC79A7", ":"),
     "LSLR": ("LSLR", "#A6761D", ":"),
+    "Adam": ("MAML with Adam", COLOURS["MAML"], ":"),
+    "Adam, adapted": ("Alpha MAML with Adam", COLOURS["Alpha MAML"], ":"),
     "scale-free": ("scale-free rule", "#117733", "-"),
     "scale-free, drawn": ("scale-free rule, constant drawn", "#66A61E", "-"),
 }
@@ -117,28 +124,104 @@ def maps(ends: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
 
 
 def jumps(table: pd.DataFrame, lines: list[str]) -> Figure:
-    r"""Alpha at the end of each run against alpha_0 + h |d_alpha(1)|, a panel per line.
+    r"""Alpha at the end of each run against alpha after its first step, a panel per line.
 
-    On the diagonal one jump, that of the first iteration, has set alpha for good.
+    On the diagonal the first step has set alpha for good. Rates below zero are not shown.
     """
     use_style()
-    figure, axes = plt.subplots(1, len(lines), figsize=(7, 7 / len(lines) + 0.4), sharey=True)
-    for axis, line in zip(np.atleast_1d(axes), lines, strict=True):
+    figure, axes = plt.subplots(
+        1, len(lines), figsize=(7, 7 / len(lines) + 0.4), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, line in zip(axes[0], lines, strict=True):
         jumped = first_jump(table[table["variant"] == line])
-        ends = np.array([jumped["jumped"].min() / 2, jumped["jumped"].max() * 2])
-        axis.plot(ends, ends, color="0.6", linestyle=":", linewidth=0.8)
-        colour = LINES[line][1]
-        axis.plot(jumped["jumped"], jumped["alpha"], "o", color=colour, ms=3, alpha=0.6, mew=0)
+        colours = group_colours(jumped["alpha_0"])
+        axis.axline((0.1, 0.1), (1, 1), color="0.6", linestyle=":", linewidth=0.8)
+        for colour in dict.fromkeys(colours):
+            dots = jumped[colours == colour]
+            axis.plot(dots["jumped"], dots["alpha"], "o", color=colour, ms=3, alpha=0.7, mew=0)
         axis.set(xscale="log", yscale="log", title=LINES[line][0])
-        axis.set_xlabel(r"$\alpha_0 + h\,|d_\alpha(1)|$")
-    np.atleast_1d(axes)[0].set_ylabel(r"$\alpha$ at the end")
+        axis.set_xlabel(r"$\alpha$ after the first step")
+    axes[0, 0].set_ylabel(r"$\alpha$ at the end")
+    group_legend(figure)
     return figure
 
 
 def first_jump(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per run that did not diverge: `jumped`, that is alpha_0 + h |d_alpha(1)|, and the
-    last `alpha`."""
-    runs = table[table["status"] != "diverged"].groupby("run", sort=False)
+    """One row per run, as in its first iteration, and what came of it.
+
+    Returns:
+        The first iteration's columns; `jumped`, that is alpha after its first step, alpha_0 minus
+        hyper_alpha times d_alpha (equation 5); and the last `alpha` and `beta`, which are not a
+        number where the run diverged.
+    """
+    runs = table.groupby("run", sort=False)
     first, last = runs.first(), runs.last()
-    jumped = first["alpha_0"] + first["hyper_alpha"] * first["d_alpha"].abs()
-    return pd.DataFrame({"jumped": jumped, "alpha": last["alpha"], "alpha_0": first["alpha_0"]})
+    ends = last[["alpha", "beta"]].where(first["status"] != "diverged")
+    jumped = first["alpha_0"] - first["hyper_alpha"] * first["d_alpha"]
+    return first.assign(jumped=jumped, alpha=ends["alpha"], beta=ends["beta"])
+
+
+def group_colours(rates: pd.Series) -> np.ndarray:
+    """The colour of each starting rate, of GROUPS."""
+    return np.array(list(GROUPS.values()))[np.digitize(rates, (0.01, 1))]
+
+
+def group_legend(figure: Figure) -> None:
+    keys = [plt.Line2D([], [], color=colour, label=name) for name, colour in GROUPS.items()]
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys))
+
+
+def paths(table: pd.DataFrame, line: str) -> Figure:
+    """Alpha and beta of each run of a line against the iteration.
+
+    Alpha has its value of iteration 2 also where the records leave that iteration out.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.5), sharey=True)
+    runs = table[(table["variant"] == line) & (table["status"] != "diverged")]
+    second = first_jump(runs)["jumped"]
+    for axis, name in zip(axes, ("alpha", "beta"), strict=True):
+        rates = runs.pivot(index="iteration", columns="run", values=name)
+        if name == "alpha":
+            rates.loc[2] = second
+        rates = rates.sort_index()
+        for run, colour in zip(rates, group_colours(rates.iloc[0]), strict=True):
+            axis.plot(rates[run].dropna(), color=colour, linewidth=0.6, alpha=0.6)
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=1e-3, linscale=0.4)
+        axis.set(xlabel="iteration t", title=rf"$\{name}$")
+        plain_log_ticks(axis.xaxis)
+    group_legend(figure)
+    axes[0].set_ylabel("rate")
+    return figure
+
+
+def binned_shares(x: pd.Series, hits: pd.Series, edges: Sequence[float]) -> pd.DataFrame:
+    """The share of `hits`, true or false, by bins of x: low < x <= high.
+
+    Returns:
+        `runs`, `share` and its 95 % interval, `low` to `high`, by each bin's geometric middle; no
+        row for an empty bin.
+    """
+    rows = {}
+    for low, high in pairwise(edges):
+        inside = hits[(x > low) & (x <= high)]
+        if len(inside):
+            rows[(low * high) ** 0.5] = (len(inside), *share_interval(inside))
+    columns = ["runs", "share", "low", "high"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def draw_shares(axis: Axes, binned: pd.DataFrame, **look) -> None:
+    """A line through the shares of `binned_shares`, with their intervals."""
+    errors = [binned["share"] - binned["low"], binned["high"] - binned["share"]]
+    axis.errorbar(binned.index, binned["share"], yerr=errors, marker="o", ms=3, capsize=2, **look)
+    axis.set(xscale="log", ylim=(-0.03, 1.03))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Spearman's rank correlation along an axis, for `claims.interval`; 0 for equal values."""
+    ranks = [stats.rankdata(values, axis=axis) for values in (x, y)]
+    x, y = (rank - rank.mean(axis=axis, keepdims=True) for rank in ranks)
+    spread = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+    return (x * y).sum(axis) / np.where(spread == 0, 1, spread)

@@ -55,7 +55,43 @@ def test_the_first_jump_of_alpha_by_hand(table):
     jumped = starts_figures.first_jump(table[table["variant"] == "h = 0.001"])
     assert jumped["jumped"].tolist() == pytest.approx([0.01 + 1e-3 * 100] * 6)
     (axis,) = starts_figures.jumps(table, ["h = 0.001"]).axes
-    assert len(axis.lines[1].get_xdata()) == 6
+    assert sum(len(dots.get_xdata()) for dots in axis.lines[1:]) == 6
+
+
+def test_a_positive_hypergradient_lowers_alpha_and_a_diverged_run_has_no_end(table):
+    table.loc[table["iteration"] == 1, "d_alpha"] = 4.0
+    assert starts_figures.first_jump(table)["jumped"].iloc[-1] == pytest.approx(0.01 - 0.004)
+    ends = starts_figures.first_jump(table)["alpha"]
+    assert np.isnan(ends["plain0"]) and ends.notna().sum() == 11
+
+
+def test_paths_have_alpha_of_the_second_iteration_also_where_it_is_not_on_record(table):
+    alpha, beta = starts_figures.paths(table.assign(beta=table["beta_0"]), "h = 0.001").axes
+    assert alpha.lines[0].get_xdata().tolist() == [1, 2, 200]
+    assert alpha.lines[0].get_ydata()[1] == pytest.approx(0.11)
+    assert beta.lines[0].get_xdata().tolist() == [1, 200]
+    start = dict(zip(("small", "middle", "large"), starts_figures.GROUPS.values(), strict=True))
+    colours = [line.get_color() for line in beta.lines]  # from 0.1, 0.2, ... 3.2
+    assert colours == [start["middle"]] * 4 + [start["large"]] * 2
+
+
+def test_shares_by_bins_by_hand():
+    x = pd.Series([1.0, 2.0, 10.0, *[50.0] * 10])
+    hits = pd.Series([True, False, True, *[True] * 8, False, False])
+    binned = starts_figures.binned_shares(x, hits, (1, 10, 100, 1000))
+    # The first x is at the lower edge, outside; the last bin is empty
+    assert binned["runs"].tolist() == [2, 10] and binned["share"].tolist() == [0.5, 0.8]
+    assert binned.index.tolist() == pytest.approx([10**0.5, 10**1.5])
+    assert binned["low"].iloc[1] == pytest.approx(0.4439, abs=1e-4)  # Clopper and Pearson (1934)
+    assert binned["high"].iloc[1] == pytest.approx(0.9748, abs=1e-4)
+
+
+def test_rank_correlation_by_hand_and_along_an_axis():
+    x, y = np.array([1.0, 5.0, 7.0, 100.0]), np.array([3.0, 2.0, 8.0, 9.0])
+    # Ranks 1 2 3 4 and 2 1 3 4: 1 - 6 (1 + 1) / (4 (16 - 1)) = 0.8
+    assert starts_figures.rank_correlation(x, y) == pytest.approx(0.8)
+    both = starts_figures.rank_correlation(np.stack([x, x]), np.stack([y, -y]))
+    assert both.tolist() == pytest.approx([0.8, -0.8])
 
 
 def test_sinusoids_lie_on_one_curve_per_task_and_guessing_is_their_mean_square():
