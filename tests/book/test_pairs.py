@@ -25,7 +25,7 @@ NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 
 def test_there_are_notebooks_and_each_chapter_is_a_pair():
     assert NOTEBOOKS
-    sources = {path.stem for path in BOOK.glob("[0-9]*.md")}
+    sources = {path.stem for path in BOOK.glob("[0-9]*.md")} | {"use_it"}
     assert sources == {path.stem for path in NOTEBOOKS}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import amaml
 from amaml import alpha_maml
-from amaml.paper import records, thresholds
+from amaml.paper import records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,29 +57,6 @@ def test_the_readme_runs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "query_accuracy" in done.stdout
-
-
-def test_the_numbers_on_the_front_page_are_those_of_the_records():
-    index = (ROOT / "book" / "index.md").read_text()
-    table, _ = records.read_records("figure_1", "medium")
-    loss = records.final_validation(table).groupby(["case", "method"])["validation_loss"].mean()
-    for case in table["case"].unique():
-        row = [f"{loss[case, method]:.2f}" for method in ("MAML", "Alpha MAML")]
-        assert f"| {case} | {' | '.join(row)} |" in index
-
-
-def test_the_grid_on_the_front_page_is_that_of_the_records():
-    index = (ROOT / "book" / "index.md").read_text()
-    table, _ = records.read_records("figures_2_3", "medium")
-    cells = thresholds.middle_seeds(table)
-    for (hyper_rate, _), row in cells.groupby(thresholds.HYPER_RATES):
-        method = rf"Alpha MAML, $h_\alpha = h_\beta = {hyper_rate:g}$" if hyper_rate else "MAML"
-        reached = (row["outcome"] == "reached").sum()
-        assert f"| {method} | {reached} of {len(row)} |" in index
-    run = table.iloc[0]
-    size = f"meta-batch of {run['meta_batch_size']} tasks, at most {run['iterations']} iterations"
-    assert f"{size}, {table['seed'].nunique()} seeds" in " ".join(index.split())
-    assert f"reaches {run['threshold']:.1f}" in index
 
 
 FLOORS = (
