@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -55,8 +55,6 @@ def fields_and_seeds(figure: str, profile: str) -> tuple[dict, tuple[int, ...]]:
         *size, seeds = settings.SIZES[figure][profile]
         names = ("meta_batch_size", "iterations", "validation_tasks")
         fields = dict(zip(names, size, strict=True))
-    if figure in settings.TRIALS:
-        seeds = settings.TRIAL
     return fields | settings.FIELDS.get(figure, {}), seeds
 
 
@@ -64,28 +62,16 @@ def behaviour(
     figure: str,
     profile: str,
     cases: Iterable[tuple[str, Pair]] = settings.CASES.items(),
-    hyper_rates: Sequence[Pair] = (ALPHA_MAML,),
+    adapted: Pair = ALPHA_MAML,
 ) -> list[PlannedRun]:
     """Figure 1 and those like it: MAML beside Alpha MAML from each case."""
     fields, seeds = fields_and_seeds(figure, profile)
     return [
         planned(profile, start, rates, {"case": case}, seed=seed, **fields)
         for case, start in cases
-        for rates in (MAML, *hyper_rates)
+        for rates in (MAML, adapted)
         for seed in seeds
     ]
-
-
-def trials(figure: str, profile: str) -> list[PlannedRun]:
-    """Short runs on a seed of their own, by which the hyper rates were chosen."""
-    cases = settings.ADAM_CASES if figure == "adam_hyper_rates" else settings.CASES
-    chosen = [(case, cases[case]) for case in ("good", "too small")]
-    return behaviour(figure, profile, chosen, settings.TRIAL_HYPER_RATES[figure])
-
-
-def too_large(figure: str, profile: str) -> list[PlannedRun]:
-    """Trials of many too large starts: where does Alpha MAML help?"""
-    return behaviour(figure, profile, [("too large", start) for start in settings.TOO_LARGE])
 
 
 def crossed(figure: str, profile: str, starts: list[Pair], rates: list[Pair]) -> list[PlannedRun]:
@@ -259,9 +245,6 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "figure_1": behaviour,
     "far_too_large": partial(behaviour, cases=settings.FAR_TOO_LARGE.items()),
     "figures_2_3": grid,
-    "hyper_rates": trials,
-    "adam_hyper_rates": trials,
-    "too_large": too_large,
     "choice": random_starts,
     "appendix_1": behaviour,  # 5-way 5-shot
     "appendix_2": behaviour,  # 20-way 1-shot
@@ -270,7 +253,7 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "appendix_5": many_paths,
     "appendix_6": behaviour,  # five inner steps
     "appendix_7": partial(
-        behaviour, cases=settings.ADAM_CASES.items(), hyper_rates=[settings.ADAM_HYPER_RATES]
+        behaviour, cases=settings.ADAM_CASES.items(), adapted=settings.ADAM_HYPER_RATES
     ),
     "accuracy": accuracy,
     "accuracy_settings": accuracy,

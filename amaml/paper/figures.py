@@ -21,6 +21,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from amaml.paper.records import PROJECT, RECORDS, read_records
+from amaml.paper.settings import Pair
 from amaml.shapes import Shaped
 from amaml.tasks import Tasks
 
@@ -71,19 +72,32 @@ def legend_key(method: str, **changes) -> plt.Line2D:
     return plt.Line2D([], [], label=method, **LOOKS[method] | changes)
 
 
+def setting(table: pd.DataFrame) -> str:
+    """What a figure's runs have in common, for the line below it."""
+    run, seeds = table.iloc[0], ", ".join(map(str, sorted(table["seed"].unique())))
+    tasks = f"{run['n_way']}-way {run['k_shot']}-shot, inner steps: {run['inner_steps']}"
+    pairs = [pair for pair, _ in table.groupby(["hyper_alpha", "hyper_beta"]) if any(pair)]
+    rates = f", {hyper_rates_label(pairs[0])}" if len(pairs) == 1 else ""
+    batch = f"meta-batch: {run['meta_batch_size']}, seeds: {seeds}"
+    return f"{DATA_NAMES[run['data']]}, {tasks}, {batch}{rates}"
+
+
+def hyper_rates_label(hyper_rates: Pair) -> str:
+    """The hyper rates of alpha and beta, as they stand in a picture."""
+    alpha, beta = hyper_rates
+    if alpha == beta:
+        return rf"$h_\alpha = h_\beta$ = {alpha:g}"
+    return rf"$h_\alpha$ = {alpha:g}, $h_\beta$ = {beta:g}"
+
+
 def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = RECORDS) -> str:
-    """Where a figure's numbers come from: data, seeds, and who made the runs, from its records."""
-    data = " and ".join(DATA_NAMES[name] for name in table["data"].unique())
-    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
-    lines = [f"{data}, profile {profile}, seeds {seeds}"]
+    """A sentence on who made a figure's runs, from its records."""
+    made = []
     for batch in read_records(figure, profile, folder)[1]:
         seconds = [batch["runs"][run] for run in table["run"].unique() if run in batch["runs"]]
         commit = str(batch["commit"])[:10] + ("" if batch["clean"] else " and changes")
-        lines.append(
-            f"{len(seconds)} runs at commit {commit}: torch {batch['versions']['torch']}, "
-            f"{batch['machine']['processor']}, {sum(seconds) / 3600:.1f} h"
-        )
-    return "\n".join(lines)
+        made.append(f"{len(seconds)} runs at commit {commit}, {sum(seconds) / 3600:.1f} h")
+    return f"Records: {figure}-{profile}.csv.gz ({'; '.join(made)})."
 
 
 def image_grid(
@@ -133,7 +147,7 @@ def figure_1(table: pd.DataFrame) -> Figure:
 
     `table` has the records of Figure 1 or of one like it. A column of panels per case, a line per
     method (the mean over the seeds), a band from the lowest to the highest seed. Runs that diverged
-    are no part of the means: they are thin lines up to a cross.
+    are not in the means: they are thin lines up to a cross.
     """
     use_style()
     cases = table["case"].unique()
@@ -147,8 +161,12 @@ def figure_1(table: pd.DataFrame) -> Figure:
         column[0].set_title(f"{case}\n" + rf"$\alpha_0$ = {alpha:g}, $\beta_0$ = {beta:g}")
     for axis, label in zip(axes[:, 0], QUANTITIES.values(), strict=True):
         axis.set_ylabel(label)
+    for axis in axes[-1]:
+        axis.set_xlabel("iteration t")
+        plain_log_ticks(axis.xaxis, subs=(1,))
     handles = [legend_key(method, marker="") for method in METHODS]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(METHODS))
+    figure.supxlabel(setting(table), fontsize=8, color="0.3")
     return figure
 
 
@@ -163,7 +181,7 @@ def behaviour_panel(axis: Axes, table: pd.DataFrame, case: str, quantity: str) -
             hue_order=METHODS, style_order=METHODS, palette=COLOURS, dashes=DASHES,
             errorbar=("pi", 100), err_kws={"linewidth": 0, "alpha": 0.2}, ax=axis, legend=False,
         )  # fmt: skip
-    axis.set(xlabel="iteration t", ylabel="")
+    axis.set(xlabel="", ylabel="", xscale="log")
     if quantity in ("training_loss", "validation_loss"):
         losses = table[quantity] if diverged.all() else table[quantity][~diverged]
         loss_axis(axis, losses, math.log(table["n_way"].max()))
@@ -173,14 +191,18 @@ def behaviour_panel(axis: Axes, table: pd.DataFrame, case: str, quantity: str) -
     mark_divergence(axis, lost, quantity)
 
 
-def training_loss(table: pd.DataFrame, window: int = 20) -> pd.Series:
-    """Query loss on the training tasks after adaptation, trailing mean over `window` iterations."""
-    smooth = []
-    for _, run in table.groupby("run"):
-        stride = run["iteration"].diff().median() if len(run) > 1 else 1
-        rows = max(1, round(window / stride))
-        smooth.append(run["query_loss"].rolling(rows, min_periods=1).mean())
-    return pd.concat(smooth).reindex(table.index)
+def training_loss(table: pd.DataFrame, width: float = 1.1) -> pd.Series:
+    """Query loss on the training tasks after adaptation, a mean over t / width to t * width.
+
+    The window grows with t, so that on a logarithmic axis of time all points are smoothed alike.
+    """
+    smooth = table["query_loss"].where(np.isfinite(table["query_loss"]))
+    for _, loss in smooth.dropna().groupby(table["run"]):
+        time = table.loc[loss.index, "iteration"].to_numpy()
+        first, last = time.searchsorted(time / width), time.searchsorted(time * width, "right")
+        windows = zip(first, last, strict=True)
+        smooth[loss.index] = [loss.iloc[start:end].mean() for start, end in windows]
+    return smooth
 
 
 def loss_axis(axis: Axes, losses: pd.Series, guessing: float) -> None:
@@ -192,9 +214,9 @@ def loss_axis(axis: Axes, losses: pd.Series, guessing: float) -> None:
     plain_log_ticks(axis.yaxis)
 
 
-def plain_log_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2, 5, 10, ..., written as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def plain_log_ticks(axis: Axis, subs: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Ticks at these multiples of the powers of ten, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 

@@ -27,7 +27,6 @@ CASES: dict[str, Pair] = {"good": (0.4, 0.3), "too small": (1e-3, 1e-3), "too la
 FAR_TOO_LARGE: dict[str, Pair] = {"far too large": (100.0, 0.3)}
 HYPER_RATE = 1e-3  # of alpha and of beta, in all figures that do not vary it
 ONE, SEEDS, FIVE_SEEDS = (0,), (0, 1, 2), (0, 1, 2, 3, 4)
-TRIAL = (100,)  # a seed that no figure shows
 FIGURE_1_SEEDS = {"quick": SEEDS, "medium": FIVE_SEEDS, "paper": FIVE_SEEDS}
 
 # With Adam beta is the step of each parameter, so other rates are good, too small and too large.
@@ -38,18 +37,6 @@ ADAM_CASES: dict[str, Pair] = {
 }
 ADAM_HYPER_RATES = (HYPER_RATE, 1e-5)
 
-# Trials, on the seed TRIAL: of hyper rates (with Adam of beta's), of too large starts
-TRIALS = ("hyper_rates", "adam_hyper_rates", "too_large")
-TRIAL_HYPER_RATES = {
-    "hyper_rates": [(1e-4, 1e-4), (1e-3, 1e-3), (1e-2, 1e-2)],
-    "adam_hyper_rates": [(HYPER_RATE, rate) for rate in (1e-7, 1e-6, 1e-5, 1e-4)],
-}
-TOO_LARGE = (
-    *((0.4, 1.0), (0.4, 3.0), (0.4, 5.0), (0.4, 10.0), (0.4, 30.0)),  # beta
-    *((10.0, 0.3), (30.0, 0.3), (100.0, 0.3)),  # alpha
-    (10.0, 3.0),  # both
-)
-
 # Figures 2 and 3 and those like them count the iterations until the validation loss is first at
 # most this. All of them are 5-way: guessing is at ln 5 = 1.61.
 THRESHOLD = 1.0
@@ -59,9 +46,6 @@ COUNTING = {"validation_every": 5}
 FIVE_SHOT = {"k_shot": 5, "k_query": 5}
 FULL_LENGTH = {"validation_every": 100}
 FIELDS: dict[str, dict] = {
-    "hyper_rates": {"iterations": 100},
-    "adam_hyper_rates": {"meta_optimizer": "adam"},
-    "too_large": {"iterations": 300},
     "figures_2_3": COUNTING,
     "appendix_1": FIVE_SHOT,
     "appendix_2": {"n_way": 20},
@@ -85,7 +69,6 @@ SIZES = {
     figure: dict(zip(PROFILES, sizes, strict=True))
     for figure, sizes in {
         "figures_2_3": ((8, 70, 32, (0, 1)), (8, 200, 32, FIVE_SEEDS), (32, 1000, 64, FIVE_SEEDS)),
-        "adam_hyper_rates": ((8, 60, 32, TRIAL), (8, 100, 32, TRIAL), (32, 100, 64, TRIAL)),
         "appendix_1": ((4, 40, 16, ONE), (8, 200, 16, SEEDS), (32, 2000, 64, SEEDS)),
         "appendix_2": ((4, 40, 16, ONE), (8, 200, 16, SEEDS), (16, 2000, 64, SEEDS)),
         "appendix_3": ((4, 20, 16, ONE), (4, 100, 16, SEEDS), (16, 500, 64, SEEDS)),

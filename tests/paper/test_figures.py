@@ -24,7 +24,9 @@ def table() -> pd.DataFrame:
             loss = 1.0 + iteration * (1.0 if lost else 0.1)
             runs.append(pd.DataFrame({
                 "run": f"{method} {seed}", "case": "good", "method": method, "data": "omniglot",
-                "n_way": 5, "alpha_0": 0.4, "beta_0": 0.3, "seed": seed, "iteration": iteration,
+                "n_way": 5, "k_shot": 1, "inner_steps": 1, "meta_batch_size": 8, "alpha_0": 0.4,
+                "hyper_alpha": 0.01 * bool(any(slopes)), "hyper_beta": 0.02 * bool(any(slopes)),
+                "beta_0": 0.3, "seed": seed, "iteration": iteration,
                 "status": "diverged" if lost else "done", "alpha": 0.4 + slope * iteration,
                 "beta": 0.3, "query_loss": loss, "validation_loss": loss,
             }))  # fmt: skip
@@ -45,11 +47,22 @@ def test_figure_1_shows_means_without_what_diverged_which_is_a_thin_line_to_a_cr
     plt.close(figure)
 
 
-def test_training_losses_are_means_over_the_last_20_iterations(table):
-    one = table[table["run"] == "MAML 0"]
-    smooth = figures.training_loss(one).to_numpy()
-    assert smooth[0] == one["query_loss"].iloc[0]
-    assert smooth[-1] == pytest.approx(one["query_loss"].iloc[-20:].mean())
+def test_training_losses_are_means_over_a_window_that_grows_with_time(table):
+    lost = table["run"] == "Alpha MAML 1"
+    table.loc[lost & (table["iteration"] == 30), "query_loss"] = np.inf
+    smooth = figures.training_loss(table)
+    one = table[table["run"] == "MAML 0"].set_index("iteration")["query_loss"]
+    ours = smooth[table["run"] == "MAML 0"].to_numpy()
+    assert ours[:9] == pytest.approx(one.loc[:9])  # alone
+    assert ours[19] == pytest.approx(one.loc[19:22].mean())  # from 20 / 1.1 to 20 * 1.1
+    assert smooth[lost].isna().tolist() == 29 * [False] + [True]
+
+
+def test_a_figure_says_what_its_runs_have_in_common(table):
+    said = "Omniglot, 5-way 1-shot, inner steps: 1, meta-batch: 8, seeds: 0, 1, "
+    assert figures.setting(table) == said + r"$h_\alpha$ = 0.01, $h_\beta$ = 0.02"
+    assert figures.figure_1(table).get_supxlabel() == figures.setting(table)
+    plt.close("all")
 
 
 def test_a_task_is_shown_with_its_labels_and_images_with_theirs(glyphs):
@@ -65,7 +78,7 @@ def test_a_task_is_shown_with_its_labels_and_images_with_theirs(glyphs):
     plt.close(figure)
 
 
-def test_the_source_of_a_figure_names_data_seeds_and_commit(table, tmp_path):
+def test_the_source_of_a_figure_names_runs_and_commit(table, tmp_path):
     maker = provenance.environment() | {
         "commit": "0123456789abcdef",
         "clean": False,
@@ -73,5 +86,5 @@ def test_the_source_of_a_figure_names_data_seeds_and_commit(table, tmp_path):
     }
     records.write_records("figure_1", "medium", table, [maker], tmp_path)
     text = figures.source(table, "figure_1", "medium", tmp_path)
-    assert text.startswith("Omniglot, profile medium, seeds 0, 1\n1 runs at commit 0123456789 and")
-    assert text.endswith("2.0 h")
+    made = "1 runs at commit 0123456789 and changes, 2.0 h"
+    assert text == f"Records: figure_1-medium.csv.gz ({made})."

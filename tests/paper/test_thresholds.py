@@ -42,11 +42,18 @@ def test_iterations_until_the_threshold_worked_out_by_hand():
         run("done", [1.7, 1.01, 1.2], seed=2),
         run("diverged", [1.7, math.nan], seed=3),
         run("diverged", [1.7, math.inf], seed=4),
+        run("done", [1.7, 0.9, 0.8, 0.7], seed=5),
+        run("diverged", [0.9, 0.8, math.nan], seed=6),
+        run("done", [0.9, 0.8, 1.1], seed=7),
     ])  # fmt: skip
     runs = thresholds.until_threshold(table).set_index("seed")
-    assert runs["reached_at"].iloc[:2].tolist() == [15, 10]
-    assert runs["reached_at"].iloc[2:].isna().all()
-    assert runs["outcome"].tolist() == ["reached", "reached", "not reached", "diverged", "diverged"]
+    empty = 0  # in place of "not a number"
+    assert runs["reached_at"].fillna(empty).tolist() == [15, 10, 0, 0, 0, 10, 5, 5]
+    assert runs["stays_at"].fillna(empty).tolist() == [15, 20, 0, 0, 0, 10, 0, 0]
+    missed = ["not reached", "diverged", "diverged"]
+    assert runs["outcome"].tolist() == 2 * ["reached"] + missed + 3 * ["reached"]
+    lower = thresholds.until_threshold(table, 0.75).set_index("seed")["reached_at"]
+    assert lower.dropna().to_dict() == {1: 20, 5: 20}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,10 @@ def test_a_cell_is_its_middle_seed_and_what_is_no_number_stays_none(
     assert cell["outcome"] == outcome
     assert cell["reached_at"] == reached_at if reached_at else math.isnan(cell["reached_at"])
     assert (cell["seeds"], cell["seeds_reached"]) == (len(seeds), count)
+    assert cell["seeds_diverged"] == sum(rows["status"].iloc[0] == "diverged" for rows in seeds)
+    times = thresholds.until_threshold(pd.concat(seeds))["reached_at"]
+    if count:
+        assert cell["spread"] == (np.ptp(times) if count == len(seeds) else math.inf)
 
 
 def test_the_best_start_is_that_of_maml_whose_middle_seed_is_first():
