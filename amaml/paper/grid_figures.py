@@ -52,6 +52,8 @@ def heat_maps(table: pd.DataFrame, x: str = "alpha_0", y: str = "beta_0") -> Fig
         if apart:
             label = f"Alpha MAML, {hyper_rates_label(hyper_rates)}" if any(hyper_rates) else "MAML"
             axis.set_title(label.replace(", $", "\n$") if columns == 3 else label)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     plt.setp(axes[-1], xlabel=SYMBOLS[x])
     plt.setp(axes[:, 0], ylabel=SYMBOLS[y])
     shades = plt.cm.ScalarMappable(norm, COLOUR_MAP)
