@@ -55,10 +55,10 @@ def expected_best(losses: np.ndarray, k: int | np.ndarray, axis: int = -1) -> np
     return -(losses * np.diff(above ** np.expand_dims(k, -1))).sum(-1)
 
 
-def share_better(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The share of starts from which `ours` ends lower; an equal loss counts half."""
+def ends_lower(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Where `ours` is below `theirs`, for `share_interval`: 1 or 0, and 0.5 for equal losses."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
-    return np.mean((ours < theirs) + 0.5 * (ours == theirs), axis=axis)
+    return (ours < theirs) + 0.5 * (ours == theirs)
 
 
 def loss_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -140,11 +140,11 @@ def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:
         ours, theirs = pair[line], pair[against]
         row = {
             "starts": len(pair),
-            f"share <= {THRESHOLD}": format_interval(*interval(share_below, ours)),
+            f"share <= {THRESHOLD}": format_interval(*share_interval(ours <= THRESHOLD)),
             "expected loss": format_interval(*interval(np.mean, ours)),
         }
         if line != against and len(pair):
-            row["ends lower"] = format_interval(*interval(share_better, ours, theirs))
+            row["ends lower"] = format_interval(*share_interval(ends_lower(ours, theirs)))
             row["loss ratio"] = format_interval(*interval(loss_ratio, ours, theirs))
             trials = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
             row["trials"] = trials.replace(f"{MOST_TRIALS}", f"over {MOST_TRIALS - 1}")
