@@ -161,19 +161,23 @@ def region(alpha_0: pd.Series, beta_0: pd.Series) -> pd.Series:
 
 
 def accuracies(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy (%) after a whole training, by setting, method, meta-optimiser and case.
+    """Test accuracy (%) after a whole training, by setting, method, rule, meta-optimiser and case.
 
     `accuracy` is the mean over the seeds, `ci95` the half width of its 95 % interval over all their
-    test tasks, `lowest` and `highest` are those of a seed; all empty where a run diverged.
+    test tasks, `lowest` and `highest` are those of a seed, `accuracy_1_step` is the mean after one
+    inner step; all empty where a run diverged.
     """
     ends = table.groupby("run", sort=False).tail(1)
-    ends = ends.assign(accuracy=100 * ends["test_accuracy"], ci95=100 * ends["test_accuracy_ci95"])
-    rows = ends.groupby(["n_way", "k_shot", "method", "meta_optimizer", "case"], sort=False)
+    names = {"accuracy": "", "ci95": "_ci95", "accuracy_1_step": "_1_step"}
+    ends = ends.assign(**{name: 100 * ends[f"test_accuracy{end}"] for name, end in names.items()})
+    line = ["method", "rule", "meta_optimizer", "case"]
+    rows = ends.groupby(["n_way", "k_shot", *line], sort=False)
     return rows.agg(
         accuracy=("accuracy", lambda seeds: seeds.mean(skipna=False)),
         ci95=("ci95", lambda seeds: (seeds**2).sum(skipna=False) ** 0.5 / len(seeds)),
         lowest=("accuracy", lambda seeds: seeds.min(skipna=False)),
         highest=("accuracy", lambda seeds: seeds.max(skipna=False)),
+        accuracy_1_step=("accuracy_1_step", lambda seeds: seeds.mean(skipna=False)),
         seeds=("seed", "nunique"),
         test_tasks=("test_tasks", "first"),
     )

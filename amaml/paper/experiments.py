@@ -16,6 +16,7 @@ from amaml.paper.settings import HYPER_RATE, PROFILES, Pair
 
 MAML: Pair = (0.0, 0.0)  # its hyper rates
 ALPHA_MAML: Pair = (HYPER_RATE, HYPER_RATE)
+SCALE_FREE: Pair = (1.0, 1.0)  # the constants of this rule
 
 # What a run takes that is not amaml's own: the arguments of `train` (model, sampler, loss, step) by
 # the name in PlannedRun.parts, which is also the run's name
@@ -62,14 +63,14 @@ def behaviour(
     figure: str,
     profile: str,
     cases: Iterable[tuple[str, Pair]] = settings.CASES.items(),
-    adapted: Pair = ALPHA_MAML,
+    hyper_rates: tuple[Pair, ...] = (MAML, ALPHA_MAML),
 ) -> list[PlannedRun]:
     """Figure 1 and those like it: MAML beside Alpha MAML from each case."""
     fields, seeds = fields_and_seeds(figure, profile)
     return [
         planned(profile, start, rates, {"case": case}, seed=seed, **fields)
         for case, start in cases
-        for rates in (MAML, adapted)
+        for rates in hyper_rates
         for seed in seeds
     ]
 
@@ -110,19 +111,21 @@ def accuracy(figure: str, profile: str) -> list[PlannedRun]:
     sgd, adam = settings.CASES, settings.ADAM_CASES | {"published": settings.PUBLISHED}
     lines = [
         ("adam", "published", adam, MAML),
-        ("sgd", "good", sgd, MAML),
-        ("sgd", "good", sgd, ALPHA_MAML),
-        ("sgd", "too small", sgd, ALPHA_MAML),
-        ("adam", "published", adam, settings.ADAM_HYPER_RATES),
         ("adam", "too small", adam, settings.ADAM_HYPER_RATES),
+        ("sgd", "too small", sgd, ALPHA_MAML),
+        ("sgd", "good", sgd, MAML),
+        ("adam", "published", adam, settings.ADAM_HYPER_RATES),
+        ("sgd", "too small", sgd, SCALE_FREE),
+        ("sgd", "good", sgd, ALPHA_MAML),
     ]
     if figure == "accuracy_settings":
-        lines = [lines[0], lines[-1]]
+        lines = lines[:2]
     runs = []
     for seed, tasks in product(seeds, settings.TEST_SETTINGS[figure]):
-        own = fields | test_fields(*tasks, profile) | {"seed": seed}
         for optimizer, case, starts, rates in lines:
-            own["meta_optimizer"] = optimizer
+            own = fields | test_fields(*tasks, profile) | {"seed": seed}
+            own |= {"meta_optimizer": optimizer}
+            own |= {"rule": "scale-free" if rates == SCALE_FREE else "additive"}
             runs.append(planned(profile, starts[case], rates, {"case": case}, **own))
     return runs
 
@@ -181,9 +184,9 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
         return [
             Line("plain", sgd, [MAML] * n, parts=parts),
             Line("h = 0.001", sgd, [ALPHA_MAML] * n, parts=parts),
-            Line("scale-free", sgd, [(1.0, 1.0)] * n, parts=parts, rule="scale-free"),
+            Line("scale-free", sgd, [SCALE_FREE] * n, parts=parts, rule="scale-free"),
             *(
-                Line(name, sgd, [rates.get(name, (1.0, 1.0))] * n, parts=f"{problem}{name}")
+                Line(name, sgd, [rates.get(name, SCALE_FREE)] * n, parts=f"{problem}{name}")
                 for name in tried_rules.TRIED
             ),
         ]
@@ -197,7 +200,7 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
         Line("h = 0.001", sgd, [(1e-3, 1e-3)] * n, parts=parts),
         Line("h drawn", sgd, drawn, parts=parts),
         Line("null", nudged, [MAML] * n, parts=parts),
-        Line("scale-free", sgd, [(1.0, 1.0)] * n, parts=parts, rule="scale-free"),
+        Line("scale-free", sgd, [SCALE_FREE] * n, parts=parts, rule="scale-free"),
         Line("scale-free, drawn", sgd, constants, rule="scale-free"),
         Line("h drawn narrowly", sgd, narrow),
         Line("h = 0.01", sgd, [(1e-2, 1e-2)] * n),
@@ -243,6 +246,7 @@ def random_starts(figure: str, profile: str) -> list[PlannedRun]:
 
 FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "figure_1": behaviour,
+    "figure_1_scale_free": partial(behaviour, hyper_rates=(SCALE_FREE,)),
     "far_too_large": partial(behaviour, cases=settings.FAR_TOO_LARGE.items()),
     "figures_2_3": grid,
     "choice": random_starts,
@@ -253,7 +257,9 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "appendix_5": many_paths,
     "appendix_6": behaviour,  # five inner steps
     "appendix_7": partial(
-        behaviour, cases=settings.ADAM_CASES.items(), adapted=settings.ADAM_HYPER_RATES
+        behaviour,
+        cases=settings.ADAM_CASES.items(),
+        hyper_rates=(MAML, settings.ADAM_HYPER_RATES),
     ),
     "accuracy": accuracy,
     "accuracy_settings": accuracy,

@@ -46,6 +46,7 @@ COUNTING = {"validation_every": 5}
 FIVE_SHOT = {"k_shot": 5, "k_query": 5}
 FULL_LENGTH = {"validation_every": 100}
 FIELDS: dict[str, dict] = {
+    "figure_1_scale_free": {"rule": "scale-free"},
     "figures_2_3": COUNTING,
     "appendix_1": FIVE_SHOT,
     "appendix_2": {"n_way": 20},
