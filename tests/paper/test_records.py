@@ -166,6 +166,7 @@ def test_the_front_page_and_the_readme_tell_what_the_records_say():
     table, _ = records.read_records("starts", "medium")
     run, losses = table.iloc[0], claims.final_losses(table, math.log(5))
     losses = losses[losses["h drawn"].notna()]  # those of the chapter's headline
+    rates = table[table["meta_optimizer"] == "sgd"].groupby("start")[["alpha_0", "beta_0"]].first()
     for line, words in (
         ("h = 0.001", "worth {:.0f} trials of MAML (95 % interval: {:.0f} to {:.0f})"),
         ("h drawn", "worth {:.0f}."),
@@ -173,6 +174,9 @@ def test_the_front_page_and_the_readme_tell_what_the_records_say():
         worth = claims.interval(claims.trials_worth, losses[line], losses["plain"])
         told = words.format(*worth)
         assert told in index and told in readme
+        narrow = losses[rates.loc[losses.index].min(axis=1) >= 0.01]
+        worth, *_ = claims.interval(claims.trials_worth, narrow[line], narrow["plain"])
+        assert f"with no rate below 0.01 it is worth {worth:.0f} with either" in index
     told = f"from {len(losses)} random starts (Omniglot, {run['n_way']}-way {run['k_shot']}-shot, "
     told += f"meta-batch of {run['meta_batch_size']} tasks, {run['iterations']} iterations)"
     assert told in index
