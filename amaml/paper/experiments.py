@@ -181,14 +181,14 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
     if figure in ("rules", "rules_sinusoids"):
         parts, rates = figure.removeprefix("rules").removeprefix("_"), settings.TRIED_CONSTANTS
         problem = f"{parts}-" if parts else ""
-        tried = list(tried_rules.TRIED)[: 2 if profile == "quick" else None]
+        names = list(tried_rules.TRIED)[: 2 if profile == "quick" else None]
         return [
             Line("plain", sgd, [MAML] * n, parts=parts),
             Line("h = 0.001", sgd, [ALPHA_MAML] * n, parts=parts),
             Line("scale-free", sgd, [SCALE_FREE] * n, parts=parts, rule="scale-free"),
             *(
                 Line(name, sgd, [rates.get(name, SCALE_FREE)] * n, parts=f"{problem}{name}")
-                for name in tried
+                for name in names
             ),
         ]
     drawn = log_uniform(n, 1, settings.DRAWN_HYPER_RATES, settings.DRAWN_HYPER_RATES)

@@ -146,7 +146,10 @@ N_STARTS = {
     }.items()
 }
 # Of the tried rules that have a hyper rate: those of alpha and of beta; of all others 1
-TRIED_CONSTANTS = {"MAML-bounded": (0.0, 0.0), "additive-bounded": (HYPER_RATE, HYPER_RATE)}
+TRIED_CONSTANTS: dict[str, Pair] = {
+    "MAML-bounded": (0.0, 0.0),
+    "additive-bounded": (HYPER_RATE, HYPER_RATE),
+}
 DRAWN_CONSTANTS = (0.1, 10.0)  # of the scale-free rule
 NARROW_HYPER_RATES = (1e-4, 1e-2)  # as wide, around HYPER_RATE
 MAIN = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")  # lines with more starts than others
