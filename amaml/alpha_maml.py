@@ -225,11 +225,12 @@ def scale_free_rates(
         "beta": d_beta / (norm(gradient) * norm(state.direction)).clamp_min(TINY),
     }
     squares = {name: squares[name] + slope**2 for name, slope in slopes.items()}
-    steps = {name: slope / squares[name].sqrt().clamp_min(TINY) for name, slope in slopes.items()}
+    steps = {n: slope / squares[n].sqrt().clamp_min(TINY) for n, slope in slopes.items()}
     alpha, beta = (
         torch.where(hyper_rate == 0, rate, rate * (-hyper_rate * step).clamp(-1, 1).exp())
-        for rate, hyper_rate, step in zip(
-            (state.alpha, state.beta), (hyper_alpha, hyper_beta), steps.values(), strict=True
+        for rate, hyper_rate, step in (
+            (state.alpha, hyper_alpha, steps["alpha"]),
+            (state.beta, hyper_beta, steps["beta"]),
         )
     )
     most = LARGEST_STEP * norm(state.theta) / norm(direction).clamp_min(TINY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.domains.math import MathDomain
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
@@ -65,7 +66,9 @@ def first_sentence(caption: nodes.Element) -> list[nodes.Node]:
     for child in caption.children:
         if isinstance(child, nodes.Text) and ". " in child:
             return [*result, nodes.Text(child.partition(". ")[0] + ".")]
-        result.append(child.deepcopy())
+        # A reference to a figure is not resolved yet: its text alone
+        unresolved = isinstance(child, pending_xref)
+        result.append(nodes.Text(child.astext()) if unresolved else child.deepcopy())
     return result
 
 

@@ -99,12 +99,12 @@ SEVEN = (1e-4, 6.8e-4, 4.6e-3, 3.2e-2, 0.22, 1.5, 10.0)
 ELEVEN = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 0.1, 0.32, 1.0, 3.2, 10.0)
 WIDE = (1e-4, 1e-3, 1e-2)
 GRIDS: dict[str, dict[str, tuple]] = {
-    "quick": {"figures_2_3": (FOUR, (1e-3, 1e-2)), "appendix_3": (FOUR, (1e-3,))},
+    "quick": {"figures_2_3": (FOUR, (1e-3,)), "appendix_3": (FOUR, (1e-3,))},
     "medium": {"figures_2_3": (SEVEN, WIDE), "appendix_3": (FIVE, (1e-3, 1e-2))},
     "paper": {"figures_2_3": (ELEVEN, WIDE), "appendix_3": (SEVEN, (1e-3, 1e-2))},
 }
 VARIED_HYPER_RATES = {
-    "quick": (0.0, 1e-4, 1e-3, 1e-2),
+    "quick": (0.0, 1e-3, 1e-2),
     "medium": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
     "paper": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
 }
@@ -138,11 +138,11 @@ N_STARTS = {
         "choice": ((0, 4, 4), (0, 32, 32), (0, 32, 32)),
         "rules": ((0, 2, 2), (0, 32, 32), (0, 32, 32)),
         "rules_sinusoids": ((0, 2, 2), (0, 32, 32), (0, 32, 32)),
-        "starts_glyphs": ((0, 4, 4), (0, 64, 64), (0, 64, 64)),
-        "starts_sinusoids": ((0, 8, 8), (0, 64, 64), (0, 256, 256)),
-        "starts_5_steps": ((0, 4, 4), (0, 64, 64), (0, 64, 64)),
-        "starts_5_shot": ((0, 4, 4), (0, 32, 32), (0, 64, 64)),
-        "starts_20_way": ((0, 4, 4), (0, 32, 32), (0, 64, 64)),
+        "starts_glyphs": ((0, 2, 2), (0, 64, 64), (0, 64, 64)),
+        "starts_sinusoids": ((0, 4, 4), (0, 64, 64), (0, 256, 256)),
+        "starts_5_steps": ((0, 2, 2), (0, 64, 64), (0, 64, 64)),
+        "starts_5_shot": ((0, 2, 2), (0, 32, 32), (0, 64, 64)),
+        "starts_20_way": ((0, 2, 2), (0, 32, 32), (0, 64, 64)),
     }.items()
 }
 # Of the tried rules that have a hyper rate: those of alpha and of beta; of all others 1

@@ -119,7 +119,9 @@ def maps(ends: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
     for axis in axes.flat[len(lines) :]:
         axis.set_axis_off()
     bar = figure.colorbar(dots, ax=axes, label="final loss", extend="max", aspect=25)
-    plain_log_ticks(bar.ax.yaxis)
+    bar.set_ticks([tick for tick in LOSSES if finite.min() <= tick <= guessing])
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.minorticks_off()
     return figure
 
 

@@ -64,6 +64,15 @@ def test_notebook_is_executed_and_tidy(path):
     assert len(parameters) == 1 and "profile = " in "".join(parameters[0]["source"])
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_fits_the_page(path):
+    code = [
+        cell.source.splitlines() for cell in jupytext.read(path).cells if cell.cell_type == "code"
+    ]
+    assert max(map(len, code)) <= 25, "lines of a cell"
+    assert max(len(line) for lines in code for line in lines) <= 88, "characters of a line"
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda path: path.stem)
 def test_the_teaching_chapters_show_omniglot(path):
     """Where this fails: execute the chapter with AMAML_DATA."""
