@@ -7,6 +7,7 @@ diverged counts as the cap.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +20,6 @@ from amaml.paper.settings import THRESHOLD
 CAP = 3.0  # in units of the loss of guessing
 WINDOW = 50  # iterations at the end of a run whose validations are its final loss
 RESAMPLES = 2000  # of the starts
-MOST_TRIALS = 1024  # that are tried for `trials_worth`
 Interval = tuple[float, float, float]  # a value and its 95 % interval: (value, low, high)
 
 
@@ -45,14 +45,16 @@ def share_below(losses: np.ndarray, x: float = THRESHOLD, axis: int = -1) -> np.
 
 
 def expected_best(losses: np.ndarray, k: int | np.ndarray, axis: int = -1) -> np.ndarray:
-    """The expected least loss of k runs drawn from these with replacement, exactly.
+    """The expected least loss of k different runs drawn from these, exactly.
 
-    Equation 1 of Dodge et al. (2019), "Show Your Work": the least of k is at most the i-th of N
-    sorted losses with probability 1 - (1 - i/N)^k.
+    Dodge et al. (2019), "Show Your Work", drawn without replacement, which leaves it without bias
+    (Tang et al. 2020): all k lie above the i-th of N sorted losses with probability
+    (1 - k/N) (1 - k/(N-1)) ... (1 - k/(N-i+1)).
     """
     losses = np.sort(np.moveaxis(np.asarray(losses, dtype=float), axis, -1), axis=-1)
-    above = 1 - np.arange(losses.shape[-1] + 1) / losses.shape[-1]
-    return -(losses * np.diff(above ** np.expand_dims(k, -1))).sum(-1)
+    passed_over = 1 - np.expand_dims(k, -1) / np.arange(losses.shape[-1], 0, -1)
+    above = np.cumprod(passed_over.clip(0), axis=-1)
+    return -(losses * np.diff(above, prepend=1)).sum(-1)
 
 
 def ends_lower(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -73,9 +75,10 @@ def tail_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarr
 
 def trials_worth(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
     """How many trials of `theirs` one run of `ours` is worth: the least k whose expected best is at
-    most the expected loss of one run; MOST_TRIALS where that many do not reach it."""
+    most the expected loss of one run; N // 2 + 1, more than N starts can tell, where none is."""
     goal = np.mean(ours, axis=axis) * (1 + 1e-12)  # one run of a method is worth one of its own
-    low, high = np.ones_like(goal, dtype=int), np.full_like(goal, MOST_TRIALS, dtype=int)
+    most = np.shape(theirs)[axis] // 2
+    low, high = np.ones_like(goal, dtype=int), np.full_like(goal, most + 1, dtype=int)
     while np.any(low < high):  # by bisection: the expected best falls with k
         middle = (low + high) // 2
         enough = expected_best(theirs, middle, axis) <= goal
@@ -123,6 +126,13 @@ def format_interval(value: float, low: float, high: float, form: str = "{:.2f}")
     return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
 
 
+def format_trials(ours: np.ndarray | pd.Series, theirs: np.ndarray | pd.Series) -> str:
+    """`trials_worth` with its interval, as it stands in a table."""
+    most = len(ours) // 2
+    text = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
+    return re.sub(rf"\b{most + 1}\b", f"over {most}", text)
+
+
 def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:
     """Every line of an experiment beside one of them, paired by start, as text with intervals.
 
@@ -146,8 +156,7 @@ def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:
         if line != against and len(pair):
             row["ends lower"] = format_interval(*share_interval(ends_lower(ours, theirs)))
             row["loss ratio"] = format_interval(*interval(loss_ratio, ours, theirs))
-            trials = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
-            row["trials"] = trials.replace(f"{MOST_TRIALS}", f"over {MOST_TRIALS - 1}")
+            row["trials"] = format_trials(ours, theirs)
         rows[line] = row
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 

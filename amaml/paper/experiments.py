@@ -22,6 +22,8 @@ SCALE_FREE: Pair = (1.0, 1.0)  # the constants of this rule
 # the name in PlannedRun.parts, which is also the run's name
 PARTS: dict[str, dict] = {
     "frozen": {"step": rivals.FrozenRates()},
+    "clipped": {"step": rivals.Clipped(gradient=settings.CLIP)},
+    "hyper-clipped": {"step": rivals.Clipped(hypergradient=settings.CLIP)},
     "Meta-SGD": {"step": rivals.LearnedRates(per_element=True)},
     "LSLR": {"step": rivals.LearnedRates(per_element=False)},
     "sinusoids": sinusoids.PARTS,
@@ -193,6 +195,7 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
         ]
     drawn = log_uniform(n, 1, settings.DRAWN_HYPER_RATES, settings.DRAWN_HYPER_RATES)
     constants = log_uniform(n, 1, settings.DRAWN_CONSTANTS, settings.DRAWN_CONSTANTS)
+    drawn_with_adam = [(h_alpha, float(f"{0.01 * h_beta:.6g}")) for h_alpha, h_beta in drawn]
     narrow = log_uniform(n, 1, settings.NARROW_HYPER_RATES, settings.NARROW_HYPER_RATES)
     nudged = [(alpha * (1 + 1e-6), beta) for alpha, beta in sgd]
     parts = "sinusoids" if figure == "starts_sinusoids" else ""
@@ -211,9 +214,13 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
         Line("beta alone", sgd, [(0.0, HYPER_RATE)] * n),
         Line("Adam", adam, [MAML] * n, "adam"),
         Line("Adam, adapted", adam, [settings.ADAM_HYPER_RATES] * n, "adam"),
+        Line("Adam, null", [(a * (1 + 1e-6), b) for a, b in adam], [MAML] * n, "adam"),
+        Line("Adam, h drawn", adam, drawn_with_adam, "adam"),
         # With plain descent a scalar alpha that the meta-optimiser learns is this
         Line("learned alpha", sgd, [(beta, 0.0) for _, beta in sgd], method="learned alpha"),
         Line("frozen", sgd, [ALPHA_MAML] * n, parts="frozen"),
+        Line("clipped", sgd, [ALPHA_MAML] * n, parts="clipped"),
+        Line("hyper-clipped", sgd, [ALPHA_MAML] * n, parts="hyper-clipped"),
         Line("Meta-SGD", sgd, [MAML] * n, parts="Meta-SGD"),
         Line("LSLR", sgd, [MAML] * n, parts="LSLR"),
     ]

@@ -6,6 +6,7 @@ the state what it carries besides, and `query_metrics`, which evaluates it in a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value
 from torch.nn import functional as F
 
-from amaml.alpha_maml import MetaState, dot, meta_step
-from amaml.checks import Loss, Theta
+from amaml.alpha_maml import TINY, MetaState, dot, meta_step, norm, update_rate
+from amaml.checks import Loss, Theta, as_hyper_rate
 from amaml.config import RunConfig
 from amaml.inner_loop import forward, mapped, meta_only, task_metrics
 from amaml.tasks import Tasks
@@ -38,6 +39,37 @@ class FrozenRates:
         rates = {"hyper_alpha": moving * hyper_alpha, "hyper_beta": moving * hyper_beta}
         state, metrics = meta_step(model, state._replace(moments={}), tasks, **rates, **options)
         return state._replace(moments={"iteration": count}), metrics
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Alpha MAML whose meta-gradient or whose hypergradients are clipped, with plain descent.
+
+    Attributes:
+        gradient: the largest norm of the meta-gradient, before anything is done with it.
+        hypergradient: the largest size of that of alpha and of that of beta.
+    """
+
+    gradient: float = math.inf
+    hypergradient: float = math.inf
+
+    def __call__(
+        self, model, state: MetaState, tasks: Tasks, *, hyper_alpha, hyper_beta, **options
+    ):
+        after, metrics = meta_step(model, state, tasks, **options)  # moves no rate
+        shrunk = (self.gradient / norm(after.direction).clamp_min(TINY)).clamp_max(1)
+        gradient = {name: shrunk * g for name, g in after.direction.items()}
+        d_alpha, d_beta = (
+            slope.clamp(-self.hypergradient, self.hypergradient)
+            for slope in (metrics["d_alpha"], -dot(gradient, state.direction))
+        )
+        hyper_alpha = as_hyper_rate("hyper_alpha", hyper_alpha, like=state.alpha)
+        hyper_beta = as_hyper_rate("hyper_beta", hyper_beta, like=state.beta)
+        alpha = update_rate(state.alpha, hyper_alpha, d_alpha)
+        beta = update_rate(state.beta, hyper_beta, d_beta)
+        theta = {name: value - beta * gradient[name] for name, value in state.theta.items()}
+        metrics |= {"beta": beta, "d_alpha": d_alpha, "d_beta": d_beta}
+        return MetaState(theta, alpha, beta, gradient, {}), metrics
 
 
 @dataclass(frozen=True)

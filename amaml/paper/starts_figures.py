@@ -34,10 +34,14 @@ LINES: dict[str, tuple[str, str, str]] = {
     "alpha alone": (r"only $\alpha$ adapted", "#009E73", "-."),
     "beta alone": (r"only $\beta$ adapted", "#CC79A7", "-."),
     "frozen": ("rates frozen after ten iterations", "0.3", "-."),
+    "clipped": ("meta-gradient clipped", "#E69F00", "-."),
+    "hyper-clipped": ("hypergradients clipped", "#A6761D", "-."),
     "learned alpha": (r"$\alpha$ learned by the meta-step", "#009E73", ":"),
     "Meta-SGD": ("Meta-SGD", "#CC79A7", ":"),
     "LSLR": ("LSLR", "#A6761D", ":"),
     "Adam": ("MAML with Adam", COLOURS["MAML"], ":"),
+    "Adam, null": ("MAML with Adam again (null)", "0.65", ":"),
+    "Adam, h drawn": ("Alpha MAML with Adam, h drawn", "#56B4E9", ":"),
     "Adam, adapted": ("Alpha MAML with Adam", COLOURS["Alpha MAML"], ":"),
     "scale-free": ("scale-free rule", "#117733", "-"),
     "scale-free, drawn": ("scale-free rule, constant drawn", "#66A61E", "-"),
@@ -60,7 +64,8 @@ def tuning(losses: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
         label, colour, style = LINES[line]
         draw = partial(band, color=colour, linestyle=style, label=label)
         draw(profiles, x, [interval(partial(share_below, x=at), values) for at in x])
-        draw(trials, TRIALS, [interval(partial(expected_best, k=k), values) for k in TRIALS])
+        shown = [k for k in TRIALS if k <= max(1, len(values) // 2)]  # of N starts at most half
+        draw(trials, shown, [interval(partial(expected_best, k=k), values) for k in shown])
     profiles.axvline(guessing, color="0.6", linestyle=":", linewidth=0.8)
     profiles.set(
         xscale="log", xlabel="final loss x", ylabel="share of starts at most x", ylim=(0, 1)

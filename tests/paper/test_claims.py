@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -42,15 +42,16 @@ def test_the_share_below_and_the_effects_of_pairs_by_hand():
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_expected_best_is_the_mean_over_all_draws(k):
     losses = np.array([0.7, 2.0, 0.9, 1.6])
-    draws = product(losses, repeat=k)  # with replacement, each as likely as any other
+    draws = combinations(losses, k)  # each as likely as any other
     assert claims.expected_best(losses, k) == pytest.approx(np.mean([min(draw) for draw in draws]))
 
 
 def test_how_many_trials_a_run_is_worth_by_hand():
-    theirs = np.array([1.0, 3.0])  # expected best of k: 1 + 2 * 2^-k, so 2, 1.5, 1.25, 1.125
-    for ours, trials in ((2.0, 1), (1.99, 2), (1.5, 2), (1.2, 4), (0.99, 1024)):
+    theirs = np.array([1.0, 2.0, 3.0, 4.0])  # best of one 2.5, of two (3 * 1 + 2 * 2 + 3) / 6
+    for ours, trials in ((2.5, 1), (2.49, 2), (1.67, 2), (1.66, 3)):  # of four starts at most two
         assert claims.trials_worth(np.array([ours]), theirs) == trials
-    assert claims.trials_worth(np.array([[2.0], [1.2]]), theirs[None]).tolist() == [1, 4]
+    assert claims.trials_worth(np.array([[2.5], [1.6]]), theirs[None]).tolist() == [1, 3]
+    assert claims.format_trials(np.full(4, 0.5), theirs) == "over 2 (over 2 to over 2)"
     own = np.random.default_rng(0).lognormal(size=(50, 128))
     assert (claims.trials_worth(own, own) == 1).all()
 
@@ -92,7 +93,7 @@ def test_effects_compare_each_line_over_the_starts_that_both_have():
     assert effects["starts"].to_dict() == {"plain": 3, "h": 2}
     assert effects.loc["h", "ends lower"] == "1.00 (0.16 to 1.00)"
     assert effects.loc["plain", "loss ratio"] == ""
-    assert effects.loc["h", "trials"].startswith("over 1023")  # the best of "plain" is 1.0
+    assert effects.loc["h", "trials"] == "over 1 (over 1 to over 1)"
     assert effects.loc["h", "loss ratio"].startswith(f"{math.sqrt(0.125):.2f} ")
 
 

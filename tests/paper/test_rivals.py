@@ -8,7 +8,7 @@ from helpers import SMALL, batches, leaves, omniglot_forward, relative_error, sm
 from torch.nn import functional as F
 
 import amaml
-from amaml.paper.rivals import FROZEN_AFTER, FrozenRates, LearnedRates
+from amaml.paper.rivals import FROZEN_AFTER, Clipped, FrozenRates, LearnedRates
 
 ALPHA, BETA = 0.3, 0.2
 
@@ -97,6 +97,33 @@ def test_frozen_rates_move_as_long_as_they_may(tmp_path):
     assert frozen.metrics["alpha"][FROZEN_AFTER:].nunique() == 1
     assert frozen.metrics["beta"][FROZEN_AFTER - 1 :].nunique() == 1
     assert free.metrics["alpha"][FROZEN_AFTER:].nunique() == 5
+
+
+def test_a_clipped_step_is_alpha_mamls_with_smaller_gradients():
+    """By hand, in the second iteration, so that there is a gradient before; nothing is clipped at
+    infinity."""
+    model, tasks = small_model(), batches(2)
+    rates = {"hyper_alpha": 1e-2, "hyper_beta": 1e-3}
+    state, _ = amaml.meta_step(model, amaml.init_state(model, ALPHA, BETA), tasks[0])
+    plain, measured = amaml.meta_step(model, state, tasks[1], **rates)
+    free, _ = Clipped()(model, state, tasks[1], **rates)
+    assert relative_error(free.theta, plain.theta) < 1e-12 and free.alpha == plain.alpha
+
+    limit = measured["gradient_norm"].item() / 2
+    found, metrics = Clipped(gradient=limit)(model, state, tasks[1], **rates)
+    assert metrics["d_beta"].item() == pytest.approx(measured["d_beta"].item() / 2)
+    beta = BETA - 1e-3 * metrics["d_beta"].item()
+    half = {n: state.theta[n] - beta / 2 * plain.direction[n] for n in state.theta}
+    assert relative_error(found.theta, half) < 1e-12 and found.alpha == plain.alpha
+
+    limit = min(abs(measured[name].item()) for name in ("d_alpha", "d_beta")) / 2
+    found, metrics = Clipped(hypergradient=limit)(model, state, tasks[1], **rates)
+    for name, rate, before, h in (
+        ("d_alpha", found.alpha, ALPHA, 1e-2),
+        ("d_beta", found.beta, BETA, 1e-3),
+    ):
+        assert metrics[name].item() == pytest.approx(limit * measured[name].sign().item())
+        assert rate.item() == pytest.approx(before - h * metrics[name].item())
 
 
 def test_a_rival_is_trained_validated_and_resumed_as_any_run(tmp_path):
