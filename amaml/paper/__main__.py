@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
         minutes=given.minutes,
     )
     n_runs = len(experiments.runs_of(given.figure, given.profile))
-    print(f"{given.figure}, {given.profile}: {table['run'].nunique()} of {n_runs} runs published")
+    n_published, n_all = (some["run"].nunique() for some in (records.finished(table), table))
+    under_way = f", {n_all - n_published} under way" if n_all > n_published else ""
+    print(f"{given.figure}, {given.profile}: {n_published} of {n_runs} runs published{under_way}")
 
 
 if __name__ == "__main__":

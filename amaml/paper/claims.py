@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from amaml.paper.records import final_validation
+from amaml.paper.records import final_validation, finished
 from amaml.paper.settings import THRESHOLD
 
 CAP = 3.0  # in units of the loss of guessing
@@ -174,9 +174,9 @@ def accuracies(table: pd.DataFrame) -> pd.DataFrame:
 
     `accuracy` is the mean over the seeds, `ci95` the half width of its 95 % interval over all their
     test tasks, `lowest` and `highest` are those of a seed, `accuracy_1_step` is the mean after one
-    inner step; all empty where a run diverged.
+    inner step; all empty where a run diverged. Runs under way are left out.
     """
-    ends = table.groupby("run", sort=False).tail(1)
+    ends = finished(table).groupby("run", sort=False).tail(1)
     names = {"accuracy": "", "ci95": "_ci95", "accuracy_1_step": "_1_step"}
     ends = ends.assign(**{name: 100 * ends[f"test_accuracy{end}"] for name, end in names.items()})
     line = ["method", "rule", "meta_optimizer", "case"]

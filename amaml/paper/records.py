@@ -22,8 +22,10 @@ import pandas as pd
 
 from amaml.config import NUMERICS
 from amaml.paper import experiments, settings
+from amaml.paper.experiments import PlannedRun
 from amaml.runs.parts import run_id
-from amaml.runs.store import lock, write_atomically
+from amaml.runs.run import load_run
+from amaml.runs.store import NAME, lock, write_atomically
 from amaml.sweep import run_all, tabulate
 from amaml.training import Run
 
@@ -50,9 +52,10 @@ def figure_records(
 ) -> pd.DataFrame:
     """A figure's published records, after training what is missing.
 
-    Runs are published as they finish, in the place of older records of the same runs. Records of
-    another version of the numerics are not mixed with them: their runs count as missing, and they
-    go as the first new run comes.
+    Runs are published as they finish, in the place of older records of the same runs; of the
+    figures in `settings.LONG` also what is under way as this ends, with the status "running".
+    Records of another version of the numerics are not mixed with them: their runs count as
+    missing, and they go as the first new run comes.
 
     Args:
         figure: a name in `experiments.FIGURES`.
@@ -72,8 +75,8 @@ def figure_records(
     labels = {run_id(plan.config, plan.parts): plan.labels for plan in planned}
     table, made_by = read_records(figure, profile, folder)
     table = table[table["run"].isin(present_runs(made_by) & set(labels))]
-    finished = set() if retrain else set(table["run"])
-    missing = [plan for plan in planned if run_id(plan.config, plan.parts) not in finished]
+    present = set() if retrain else set(finished(table)["run"])
+    missing = [plan for plan in planned if run_id(plan.config, plan.parts) not in present]
     if missing and profile in settings.MADE_ON_GPU and device == "cpu" and minutes is None:
         raise RuntimeError(
             f"{len(missing)} of the {len(planned)} runs of {figure}, profile {profile}, have no "
@@ -87,7 +90,7 @@ def figure_records(
     def publish() -> None:
         nonlocal table, written
         rows = experiments.max_rows(figure)
-        tables = [subsample(tabulate(run, labels[run.id]), rows) for run in waiting]
+        tables = [shorten(subsample(tabulate(run, labels[run.id]), rows)) for run in waiting]
         table = publish_runs(figure, profile, waiting, tables, list(labels), folder)
         waiting.clear()
         written = time.monotonic()
@@ -114,6 +117,8 @@ def figure_records(
                 **(experiments.PARTS[parts] if parts else {}),
             )
     finally:
+        if figure in settings.LONG:
+            waiting += under_way(missing, out)
         if waiting:
             publish()
     return table.reset_index(drop=True)
@@ -139,6 +144,18 @@ def load(figure: str, profile: str, retrain: bool = False) -> pd.DataFrame:
     return table
 
 
+def finished(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that are not under way."""
+    return table if table.empty else table[table["status"] != "running"]
+
+
+def under_way(plans: Sequence[PlannedRun], out: str | Path) -> list[Run]:
+    """The runs that are under way in `out`."""
+    folders = [Path(out) / run_id(plan.config, plan.parts) for plan in plans]
+    runs = [load_run(folder) for folder in folders if (folder / NAME).exists()]
+    return [run for run in runs if run.status == "running"]
+
+
 def present_runs(made_by: list[dict]) -> set[str]:
     """The runs that were made by the present version of the numerics."""
     return {run for batch in made_by if batch["numerics"] == NUMERICS for run in batch["runs"]}
@@ -151,6 +168,12 @@ def subsample(metrics: pd.DataFrame, max_rows: int) -> pd.DataFrame:
     iteration = metrics["iteration"]
     kept = (iteration % stride == 0) | iteration.isin([iteration.min(), iteration.max()])
     return metrics[kept | metrics["validation_loss"].notna()]
+
+
+def shorten(table: pd.DataFrame) -> pd.DataFrame:
+    """The same numbers in as few digits as tell all float32 numbers apart: half as large a file."""
+    floats = table.select_dtypes("float")
+    return table.assign(**{name: [float(f"{x:.9g}") for x in floats[name]] for name in floats})
 
 
 def final_validation(table: pd.DataFrame, window: int = 100) -> pd.DataFrame:

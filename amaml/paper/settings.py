@@ -45,6 +45,7 @@ THRESHOLD = 1.0
 COUNTING = {"validation_every": 5}
 FIVE_SHOT = {"k_shot": 5, "k_query": 5}
 FULL_LENGTH = {"validation_every": 100}
+LONG = ("accuracy", "accuracy_settings")  # hours a run: published also before it is finished
 FIELDS: dict[str, dict] = {
     "figure_1_scale_free": {"rule": "scale-free"},
     "figures_2_3": COUNTING,

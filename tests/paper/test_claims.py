@@ -113,7 +113,7 @@ def test_accuracies_over_seeds_by_hand():
     names = ["test_accuracy", "test_accuracy_ci95", "test_accuracy_1_step"]
     table = pd.DataFrame(rows, columns=["run", "seed", *names])
     line = {"method": "MAML", "rule": "additive", "meta_optimizer": "adam", "case": "published"}
-    table = table.assign(n_way=5, k_shot=1, test_tasks=600, **line)
+    table = table.assign(n_way=5, k_shot=1, test_tasks=600, status="done", **line)
     of_two = claims.accuracies(table[:2]).iloc[0]
     assert of_two["accuracy"] == pytest.approx(85) and of_two["seeds"] == 2
     assert of_two["ci95"] == pytest.approx(math.sqrt(2 * 2.0**2) / 2)

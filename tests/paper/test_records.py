@@ -300,6 +300,34 @@ def test_a_figure_of_the_paper_profile_is_made_piece_by_piece(
     pd.testing.assert_frame_equal(figure_1("paper", minutes=None), table)  # none is missing
 
 
+def test_a_long_run_is_published_under_way_and_goes_on(figure_1, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(settings.SIZES["accuracy"], "paper", (2, 12, 2, (0,)))
+    monkeypatch.setitem(settings.TEST_TASKS, "paper", 8)
+    monkeypatch.setitem(settings.RUNS_PER_BATCH, "paper", 1)
+    command = ["--figure", "accuracy", "--profile", "paper", "--minutes", "0"]
+    command += ["--out", str(tmp_path / "runs"), "--records", str(tmp_path)]
+    program.main(command)  # looked at after 10 iterations
+    assert "0 of 7 runs published, 1 under way" in capsys.readouterr().out
+    table, _ = records.read_records("accuracy", "paper", tmp_path)
+    assert table["status"].unique() == ["running"] and table["iteration"].max() == 10
+    assert claims.accuracies(table).empty
+    program.main(command)
+    assert "1 of 7 runs published\n" in capsys.readouterr().out
+    table, _ = records.read_records("accuracy", "paper", tmp_path)
+    assert table["status"].unique() == ["done"] and table["iteration"].tolist() == [*range(1, 13)]
+    assert claims.accuracies(table)["accuracy"].notna().all()
+
+
+def test_numbers_are_shortened_to_what_tells_float32_apart():
+    values = np.random.default_rng(0).lognormal(sigma=20, size=1000).astype(np.float32)
+    values[:3] = math.nan, math.inf, -math.inf
+    table = pd.DataFrame({"run": "a", "iteration": range(1000), "query_loss": values.astype(float)})
+    short = records.shorten(table)
+    assert np.array_equal(short["query_loss"].astype(np.float32), values, equal_nan=True)
+    assert len(short.to_csv()) < 0.85 * len(table.to_csv())
+    pd.testing.assert_frame_equal(short, table)
+
+
 def test_pieces_need_neither_dask_nor_what_draws(tmp_path):
     words = f"""
 import sys
