@@ -20,6 +20,7 @@ from amaml.paper.settings import THRESHOLD
 CAP = 3.0  # in units of the loss of guessing
 WINDOW = 50  # iterations at the end of a run whose validations are its final loss
 RESAMPLES = 2000  # of the starts
+LINE = ["method", "rule", "meta_optimizer", "case"]  # of the runs of full length
 Interval = tuple[float, float, float]  # a value and its 95 % interval: (value, low, high)
 
 
@@ -173,20 +174,28 @@ def accuracies(table: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy (%) after a whole training, by setting, method, rule, meta-optimiser and case.
 
     `accuracy` is the mean over the seeds, `ci95` the half width of its 95 % interval over all their
-    test tasks, `lowest` and `highest` are those of a seed, `accuracy_1_step` is the mean after one
-    inner step; all empty where a run diverged. Runs under way are left out.
+    test tasks, `lowest` and `highest` are those of a seed; `accuracy_1_step` and `ci95_1_step` are
+    after one inner step. All empty where a run diverged. Runs under way are left out.
     """
     ends = finished(table).groupby("run", sort=False).tail(1)
-    names = {"accuracy": "", "ci95": "_ci95", "accuracy_1_step": "_1_step"}
+    names = {"accuracy": "", "ci95": "_ci95"}
+    names |= {f"{name}_1_step": f"{end}_1_step" for name, end in names.items()}
     ends = ends.assign(**{name: 100 * ends[f"test_accuracy{end}"] for name, end in names.items()})
-    line = ["method", "rule", "meta_optimizer", "case"]
-    rows = ends.groupby(["n_way", "k_shot", *line], sort=False)
+    rows = ends.groupby(["n_way", "k_shot", *LINE], sort=False)
+
+    def mean(seeds):
+        return seeds.mean(skipna=False)
+
+    def half_width(seeds):
+        return (seeds**2).sum(skipna=False) ** 0.5 / len(seeds)
+
     return rows.agg(
-        accuracy=("accuracy", lambda seeds: seeds.mean(skipna=False)),
-        ci95=("ci95", lambda seeds: (seeds**2).sum(skipna=False) ** 0.5 / len(seeds)),
+        accuracy=("accuracy", mean),
+        ci95=("ci95", half_width),
         lowest=("accuracy", lambda seeds: seeds.min(skipna=False)),
         highest=("accuracy", lambda seeds: seeds.max(skipna=False)),
-        accuracy_1_step=("accuracy_1_step", lambda seeds: seeds.mean(skipna=False)),
+        accuracy_1_step=("accuracy_1_step", mean),
+        ci95_1_step=("ci95_1_step", half_width),
         seeds=("seed", "nunique"),
         test_tasks=("test_tasks", "first"),
     )

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
+from amaml.paper.claims import LINE
 from amaml.paper.records import PROJECT, RECORDS, read_records
 from amaml.paper.settings import Pair
 from amaml.shapes import Shaped
@@ -33,6 +34,7 @@ MARKS: dict[str, dict] = {  # MAML's open square is seen around Alpha MAML's dot
     "Alpha MAML": {"linestyle": "-", "marker": "o", "markersize": 3.5},
 }
 LOOKS = {method: MARKS[method] | {"color": COLOURS[method]} for method in METHODS}
+SCALE_FREE_COLOUR = "#117733"
 PICTURES = PROJECT / "figures"
 DATA_NAMES = {"omniglot": "Omniglot", "glyphs": "embedded glyphs"}
 QUANTITIES = {  # the rows of Figure 1
@@ -191,18 +193,58 @@ def behaviour_panel(axis: Axes, table: pd.DataFrame, case: str, quantity: str) -
     mark_divergence(axis, lost, quantity)
 
 
-def training_loss(table: pd.DataFrame, width: float = 1.1) -> pd.Series:
-    """Query loss on the training tasks after adaptation, a mean over t / width to t * width.
+def training_loss(table: pd.DataFrame) -> pd.Series:
+    """Query loss on the training tasks after adaptation, smoothed run by run."""
+    smooth = table["query_loss"].where(np.isfinite(table["query_loss"]))
+    for _, loss in smooth.dropna().groupby(table["run"]):
+        smooth[loss.index] = smoothed(loss, table.loc[loss.index, "iteration"])
+    return smooth
+
+
+def smoothed(values: pd.Series, time: pd.Series | pd.Index, width: float = 1.1) -> list[float]:
+    """The mean of the values from time / width to time * width, at each time.
 
     The window grows with t, so that on a logarithmic axis of time all points are smoothed alike.
     """
-    smooth = table["query_loss"].where(np.isfinite(table["query_loss"]))
-    for _, loss in smooth.dropna().groupby(table["run"]):
-        time = table.loc[loss.index, "iteration"].to_numpy()
-        first, last = time.searchsorted(time / width), time.searchsorted(time * width, "right")
-        windows = zip(first, last, strict=True)
-        smooth[loss.index] = [loss.iloc[start:end].mean() for start, end in windows]
-    return smooth
+    times = time.to_numpy()
+    first, last = times.searchsorted(times / width), times.searchsorted(times * width, "right")
+    return [values.iloc[start:end].mean() for start, end in zip(first, last, strict=True)]
+
+
+def accuracy_curves(table: pd.DataFrame, published: Pair) -> Figure:
+    """The validation error of runs of full length against the iteration, both logarithmic.
+
+    Args:
+        table: records of the figure "accuracy", finished or under way.
+        published: an accuracy and the half width of its interval, in percent: a grey band.
+
+    Returns:
+        The figure, with a line per method, rule, meta-optimiser and start: the smoothed mean over
+        the seeds. Lines from a badly picked start are thick.
+    """
+    use_style()
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    seen = table[table["validation_accuracy"].notna()]
+    for (method, rule, optimizer, case), runs in seen.groupby(LINE, sort=False):
+        accuracy = runs.groupby("iteration")["validation_accuracy"].mean()
+        error = 100 * (1 - np.array(smoothed(accuracy, accuracy.index)))
+        free = rule == "scale-free"
+        name = "Scale-free rule" if free else method
+        with_what = "Adam" if optimizer == "adam" else "plain descent"
+        axis.plot(
+            accuracy.index, error, label=f"{name}, {with_what}, {case} start",
+            color=SCALE_FREE_COLOUR if free else COLOURS[method],
+            linestyle="--" if method == "MAML" else ":" if optimizer == "adam" else "-",
+            linewidth=1.8 if case == "too small" else 1,
+        )  # fmt: skip
+    best, half = published
+    axis.axhspan(100 - best - half, 100 - best + half, color="0.85", linewidth=0, zorder=0)
+    axis.set(xscale="log", yscale="log", xlabel="iteration t", ylabel="validation error (%)")
+    plain_log_ticks(axis.xaxis)
+    plain_log_ticks(axis.yaxis)
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.supxlabel(setting(table), fontsize=8, color="0.3")
+    return figure
 
 
 def loss_axis(axis: Axes, losses: pd.Series, guessing: float) -> None:

@@ -120,6 +120,7 @@ TEST_INNER_STEPS = {5: 3, 20: 5}
 # Of MAML as published: with the loss of its code, n_way times ours, alpha is 0.4 (5-way) or 0.1
 # (20-way). Adam's step does not depend on the scale of the loss.
 PUBLISHED = (2.0, 1e-3)
+PUBLISHED_ACCURACY = (98.7, 0.4)  # of 5-way 1-shot, and the half width of its interval, in percent
 
 # Random starts: all methods from the same ones, each with a seed of its own
 RATES = (1e-4, 10.0)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from amaml.paper.claims import expected_best, interval, share_below, share_interval
-from amaml.paper.figures import COLOURS, plain_log_ticks, use_style
+from amaml.paper.figures import COLOURS, SCALE_FREE_COLOUR, plain_log_ticks, use_style
 
 LOSSES = (0.5, 0.6, 0.8, 1, 1.5, 2, 3, 4, 6, 8, 12)  # ticks
 TRIALS = (1, 2, 4, 8, 16, 32, 64)
@@ -43,7 +43,7 @@ LINES: dict[str, tuple[str, str, str]] = {
     "Adam, null": ("MAML with Adam again (null)", "0.65", ":"),
     "Adam, h drawn": ("Alpha MAML with Adam, h drawn", "#56B4E9", ":"),
     "Adam, adapted": ("Alpha MAML with Adam", COLOURS["Alpha MAML"], ":"),
-    "scale-free": ("scale-free rule", "#117733", "-"),
+    "scale-free": ("scale-free rule", SCALE_FREE_COLOUR, "-"),
     "scale-free, drawn": ("scale-free rule, constant drawn", "#66A61E", "-"),
 }
 

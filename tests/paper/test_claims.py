@@ -109,8 +109,13 @@ def test_an_interval_is_told_with_its_ends_or_as_missing():
 
 
 def test_accuracies_over_seeds_by_hand():
-    rows = [("a", 0, 0.9, 0.02, 0.7), ("b", 1, 0.8, 0.02, 0.6), ("c", 2, *3 * [math.nan])]
-    names = ["test_accuracy", "test_accuracy_ci95", "test_accuracy_1_step"]
+    rows = [
+        ("a", 0, 0.9, 0.02, 0.7, 0.04),
+        ("b", 1, 0.8, 0.02, 0.6, 0.03),
+        ("c", 2, *4 * [math.nan]),
+    ]
+    names = ["test_accuracy", "test_accuracy_ci95"]
+    names += [f"{name}_1_step" for name in names]
     table = pd.DataFrame(rows, columns=["run", "seed", *names])
     line = {"method": "MAML", "rule": "additive", "meta_optimizer": "adam", "case": "published"}
     table = table.assign(n_way=5, k_shot=1, test_tasks=600, status="done", **line)
@@ -119,4 +124,5 @@ def test_accuracies_over_seeds_by_hand():
     assert of_two["ci95"] == pytest.approx(math.sqrt(2 * 2.0**2) / 2)
     assert (of_two["lowest"], of_two["highest"]) == pytest.approx((80, 90))
     assert of_two["accuracy_1_step"] == pytest.approx(65)
+    assert of_two["ci95_1_step"] == pytest.approx(2.5)  # sqrt(4^2 + 3^2) / 2
     assert math.isnan(claims.accuracies(table).iloc[0]["accuracy"])
