@@ -214,15 +214,15 @@ def lines_of(figure: str, profile: str, n: int) -> list[Line]:
         Line("beta alone", sgd, [(0.0, HYPER_RATE)] * n),
         Line("Adam", adam, [MAML] * n, "adam"),
         Line("Adam, adapted", adam, [settings.ADAM_HYPER_RATES] * n, "adam"),
-        Line("Adam, null", [(a * (1 + 1e-6), b) for a, b in adam], [MAML] * n, "adam"),
-        Line("Adam, h drawn", adam, drawn_with_adam, "adam"),
         # With plain descent a scalar alpha that the meta-optimiser learns is this
         Line("learned alpha", sgd, [(beta, 0.0) for _, beta in sgd], method="learned alpha"),
         Line("frozen", sgd, [ALPHA_MAML] * n, parts="frozen"),
-        Line("clipped", sgd, [ALPHA_MAML] * n, parts="clipped"),
-        Line("hyper-clipped", sgd, [ALPHA_MAML] * n, parts="hyper-clipped"),
         Line("Meta-SGD", sgd, [MAML] * n, parts="Meta-SGD"),
         Line("LSLR", sgd, [MAML] * n, parts="LSLR"),
+        Line("clipped", sgd, [ALPHA_MAML] * n, parts="clipped"),
+        Line("hyper-clipped", sgd, [ALPHA_MAML] * n, parts="hyper-clipped"),
+        Line("Adam, null", [(a * (1 + 1e-6), b) for a, b in adam], [MAML] * n, "adam"),
+        Line("Adam, h drawn", adam, drawn_with_adam, "adam"),
     ]
     everywhere = [line for line in lines if line.variant in settings.ELSEWHERE]
     return lines if figure == "starts" and profile != "quick" else everywhere

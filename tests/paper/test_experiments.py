@@ -31,7 +31,7 @@ FROZEN = {
     "accuracy_settings": "cae827071143653c f88ff2ec0b280752 932510f6e81a227a",
     "rules": "f796766cc546cacb f65a321ca33272b1 4f741d011f3f53c6",
     "rules_sinusoids": "b3ebd21535c48d22 1b3bc78261cb1306 1b3bc78261cb1306",
-    "starts": "0429e14c40a90aae b2fc4ea66464855b ec5e751d18bb9b3d",
+    "starts": "0429e14c40a90aae 1a8ea5dc3d3e28d7 7218c445a2bc167d",
     "starts_glyphs": "88f21d5249c027a8 33f54ecccd51b679 22c87bbfed99a36d",
     "starts_sinusoids": "15374403b2b14293 f6511eee86b57324 5aebaeb36c6880be",
     "starts_5_steps": "f74a1a3ecf0adb9d 49eac159a8d3bb3f 744ecc195b29c8e8",
