@@ -150,11 +150,20 @@ def test_records_of_another_version_of_the_numerics_go_as_new_ones_come(tmp_path
     assert table["run"].unique().tolist() == ["run1"]
 
 
-def test_the_records_of_the_starts_are_of_one_version_from_a_clean_tree():
-    table, made_by = records.read_records("starts", "medium")
-    assert {batch["numerics"] for batch in made_by} == {NUMERICS}
-    assert all(batch["clean"] for batch in made_by)
+MADE_BEFORE = {"far_too_large", "figures_2_3", *(f"appendix_{n}" for n in (1, 2, 3, 5, 6, 7))}
+COMMITTED = [
+    path.name.removesuffix("-medium.csv.gz") for path in records.RECORDS.glob("*-medium.*")
+]
+
+
+@pytest.mark.parametrize("figure", sorted(COMMITTED))
+def test_the_records_of_a_figure_are_of_one_version_from_a_clean_tree(figure):
+    """But those begun before there were versions, which wait to be made again."""
+    table, made_by = records.read_records(figure, "medium")
     assert {run for batch in made_by for run in batch["runs"]} == set(table["run"])
+    of_one_version = {batch["numerics"] for batch in made_by} == {NUMERICS}
+    assert of_one_version != (figure in MADE_BEFORE), "made again: take it out of the list"
+    assert figure in MADE_BEFORE or all(batch["clean"] for batch in made_by)
 
 
 def test_the_front_page_and_the_readme_tell_what_the_records_say():
