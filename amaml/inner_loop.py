@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from amaml.checks import Loss, Theta, is_cross_entropy
-from amaml.shapes import Float, Int
+from amaml.shapes import Float
 
 UNMAPPABLE: WeakSet[nn.Module] = WeakSet()  # models that `vmap` cannot serve
 
@@ -119,18 +119,11 @@ def through_steps(theta, v, steps: int, step: Callable, inner_step_vjp: Callable
 def task_metrics(prediction, y: Tensor, loss: Loss) -> dict[str, Float[Tensor, ""]]:
     """One task's `query_loss` and, for the cross-entropy, `query_accuracy`."""
     metrics = {"query_loss": loss(prediction, y)}
-    if is_cross_entropy(loss):
-        metrics["query_accuracy"] = accuracy(prediction, y)
+    if is_cross_entropy(loss):  # torch has the classes in dimension 1
+        metrics["query_accuracy"] = (prediction.argmax(1) == y).to(prediction.dtype).mean()
     return metrics
 
 
 def metric_names(loss: Loss) -> tuple[str, ...]:
     """The names that `task_metrics` gives."""
     return ("query_loss", "query_accuracy") if is_cross_entropy(loss) else ("query_loss",)
-
-
-def accuracy(
-    logits: Float[Tensor, " examples classes *positions"], y: Int[Tensor, " examples *positions"]
-) -> Float[Tensor, ""]:
-    """The share of labels, in 0..1, that have the largest logit; classes are dimension 1."""
-    return (logits.argmax(1) == y).to(logits.dtype).mean()

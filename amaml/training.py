@@ -177,7 +177,11 @@ def advance_all(
     running: list[Run], model, samplers: dict, parts: Parts, checkpoint_every, deadline, progress
 ) -> None:
     """Advance runs until they are finished, a signal has come, or the deadline."""
-    batch, bar = None, progress_bar(running, progress)
+    batch, total = None, running[0].config.iterations
+    one = running[0].folder.name if len(running) == 1 else f"{len(running)} runs"
+    done = min(run.iteration for run in running)
+    options: dict = {"total": total, "initial": done, "file": sys.stdout, "mininterval": 1.0}
+    bar = tqdm(desc=one, disable=not progress, **options)
     with stop_signals() as stopped, bar:
         while running and not stopped():
             least = min(run.iteration for run in running)  # what a kill left behind catches up
@@ -219,14 +223,6 @@ def shared_fields(config: RunConfig) -> RunConfig:
     """What runs that are made together have in common."""
     default = RunConfig()
     return replace(config, **{field: getattr(default, field) for field in VARIED})
-
-
-def progress_bar(running: list[Run], progress: bool) -> tqdm:
-    one = running[0].folder.name if len(running) == 1 else f"{len(running)} runs"
-    iterations = running[0].config.iterations if running else 0
-    done = min((run.iteration for run in running), default=0)
-    options = {"total": iterations, "initial": done, "file": sys.stdout, "mininterval": 1.0}
-    return tqdm(desc=one, disable=not progress, **options)
 
 
 def show(bar: tqdm, first: Run, running: list[Run]) -> None:

@@ -20,17 +20,9 @@ def omniglot_is_missing() -> bool:
 
 
 def load_characters(profile: str) -> tuple[Characters, str, str]:
-    """The characters of a profile; downloads nothing.
+    """(characters, what titles call them, their profile): "quick" has the glyphs, others Omniglot.
 
-    Args:
-        profile: "quick" for the embedded glyphs; any other for Omniglot, or, where
-            `omniglot_is_missing`, the glyphs and a printed sentence that says so.
-
-    Returns:
-        The characters, what they are called in titles, and the profile that they belong to.
-
-    Raises:
-        FileNotFoundError: AMAML_DATA is given, and Omniglot is not there.
+    Downloads nothing: where `omniglot_is_missing` the glyphs stand in, and a sentence says so.
     """
     if profile != "quick" and not omniglot_is_missing():
         return load_omniglot(), "Omniglot", profile

@@ -40,22 +40,17 @@ def final_losses(table: pd.DataFrame, guessing: float, by: str = "variant") -> p
     return ends.pivot(index="start", columns=by, values="loss")
 
 
-def share_below(losses: np.ndarray, x: float = THRESHOLD, axis: int = -1) -> np.ndarray:
-    """The share of losses that are at most x: a performance profile, as a function of x."""
-    return np.mean(np.asarray(losses) <= x, axis=axis)
-
-
 def expected_best(losses: np.ndarray, k: int | np.ndarray, axis: int = -1) -> np.ndarray:
     """The expected least loss of k different runs drawn from these, exactly.
 
     Dodge et al. (2019), "Show Your Work", drawn without replacement, which leaves it without bias
     (Tang et al. 2020): all k lie above the i-th of N sorted losses with probability
-    (1 - k/N) (1 - k/(N-1)) ... (1 - k/(N-i+1)).
+    (1 - k/N) (1 - k/(N-1)) ... (1 - k/(N-i+1)). Several k are the last axis of what it returns.
     """
     losses = np.sort(np.moveaxis(np.asarray(losses, dtype=float), axis, -1), axis=-1)
     passed_over = 1 - np.expand_dims(k, -1) / np.arange(losses.shape[-1], 0, -1)
     above = np.cumprod(passed_over.clip(0), axis=-1)
-    return -(losses * np.diff(above, prepend=1)).sum(-1)
+    return losses @ -np.diff(above, prepend=1).T
 
 
 def ends_lower(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -78,16 +73,8 @@ def trials_worth(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.nda
     """How many trials of `theirs` one run of `ours` is worth: the least k whose expected best is at
     most the expected loss of one run; N // 2 + 1, more than N starts can tell, where none is."""
     goal = np.mean(ours, axis=axis) * (1 + 1e-12)  # one run of a method is worth one of its own
-    most = np.shape(theirs)[axis] // 2
-    low, high = np.ones_like(goal, dtype=int), np.full_like(goal, most + 1, dtype=int)
-    while np.any(low < high):  # by bisection: the expected best falls with k
-        middle = (low + high) // 2
-        enough = expected_best(theirs, middle, axis) <= goal
-        low, high = (
-            np.where(enough, low, np.minimum(middle + 1, high)),
-            np.where(enough, middle, high),
-        )
-    return low.astype(float)
+    best = expected_best(theirs, np.arange(1, np.shape(theirs)[axis] // 2 + 1), axis)
+    return 1.0 + (~(best <= np.expand_dims(goal, -1))).sum(-1)  # the expected best falls with k
 
 
 def interval(statistic: Callable, *losses: np.ndarray | pd.Series) -> Interval:

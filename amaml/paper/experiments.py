@@ -123,25 +123,17 @@ def accuracy(figure: str, profile: str) -> list[PlannedRun]:
     if figure == "accuracy_settings":
         lines = lines[:2]
     runs = []
-    for seed, tasks in product(seeds, settings.TEST_SETTINGS[figure]):
+    for seed, (n_way, k_shot) in product(seeds, settings.TEST_SETTINGS[figure]):
+        tasks = {"n_way": n_way, "k_shot": k_shot, "k_query": k_shot}
+        tasks |= {"inner_steps": settings.INNER_STEPS[n_way]}
+        test = {"test_tasks": settings.TEST_TASKS[profile]}  # as Finn et al. (2017) measure it
+        test |= {"test_inner_steps": settings.TEST_INNER_STEPS[n_way]}
         for optimizer, case, starts, rates in lines:
-            own = fields | test_fields(*tasks, profile) | {"seed": seed}
+            own = fields | tasks | test | {"seed": seed}
             own |= {"meta_optimizer": optimizer}
             own |= {"rule": "scale-free" if rates == SCALE_FREE else "additive"}
             runs.append(planned(profile, starts[case], rates, {"case": case}, **own))
     return runs
-
-
-def test_fields(n_way: int, k_shot: int, profile: str) -> dict:
-    """The fields of a run whose test accuracy is measured, as Finn et al. (2017) measure it."""
-    return {
-        "n_way": n_way,
-        "k_shot": k_shot,
-        "k_query": k_shot,
-        "inner_steps": settings.INNER_STEPS[n_way],
-        "test_tasks": settings.TEST_TASKS[profile],
-        "test_inner_steps": settings.TEST_INNER_STEPS[n_way],
-    }
 
 
 def log_uniform(n: int, seed: int, first: Pair, second: Pair) -> list[Pair]:
@@ -257,7 +249,6 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     "figure_1_scale_free": partial(behaviour, hyper_rates=(SCALE_FREE,)),
     "far_too_large": partial(behaviour, cases=settings.FAR_TOO_LARGE.items()),
     "figures_2_3": grid,
-    "choice": random_starts,
     "appendix_1": behaviour,  # 5-way 5-shot
     "appendix_2": behaviour,  # 20-way 1-shot
     "appendix_3": grid,  # 5-way 5-shot
@@ -271,14 +262,7 @@ FIGURES: dict[str, Callable[[str, str], list[PlannedRun]]] = {
     ),
     "accuracy": accuracy,
     "accuracy_settings": accuracy,
-    "rules": random_starts,
-    "rules_sinusoids": random_starts,
-    "starts": random_starts,
-    "starts_glyphs": random_starts,
-    "starts_sinusoids": random_starts,
-    "starts_5_steps": random_starts,
-    "starts_5_shot": random_starts,
-    "starts_20_way": random_starts,
+    **dict.fromkeys(settings.N_STARTS, random_starts),
 }
 
 

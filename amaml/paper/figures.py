@@ -214,13 +214,8 @@ def smoothed(values: pd.Series, time: pd.Series | pd.Index, width: float = 1.1) 
 def accuracy_curves(table: pd.DataFrame, published: Pair) -> Figure:
     """The validation error of runs of full length against the iteration, both logarithmic.
 
-    Args:
-        table: records of the figure "accuracy", finished or under way.
-        published: an accuracy and the half width of its interval, in percent: a grey band.
-
-    Returns:
-        The figure, with a line per method, rule, meta-optimiser and start: the smoothed mean over
-        the seeds. Lines from a badly picked start are thick.
+    A line per method, rule, meta-optimiser and start: the smoothed mean over the seeds, thick from
+    a bad start. `published`, a grey band: an accuracy and half its interval, in percent.
     """
     use_style()
     figure, axis = plt.subplots(figsize=(7, 3.4))

@@ -201,18 +201,11 @@ def publish_runs(
     order: Sequence[str],
     folder: str | Path = RECORDS,
 ) -> pd.DataFrame:
-    """Enter runs into a figure's records, in the place of older records of the same runs.
+    """Enter runs, and the rows of each, into a figure's records; returns its table.
 
-    Records are read again under a lock first, so that what other processes publish is not lost.
-
-    Args:
-        runs: finished runs.
-        tables: the rows of each that are published, with its id in the column `run`.
-        order: the ids of all runs of the figure: the table is sorted by it, and runs that are no
-            longer in it are dropped, as are those of another version of the numerics.
-
-    Returns:
-        The figure's table.
+    Older records of these runs go, as do runs that are not in `order` (the ids of all runs of the
+    figure, by which the table is sorted) and those of another version of the numerics. Records are
+    read again under a lock, so that what other processes publish is not lost.
     """
     places = {run: place for place, run in enumerate(order)}
     new = {run.id for run in runs}

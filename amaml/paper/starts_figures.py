@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
-from amaml.paper.claims import expected_best, interval, share_below, share_interval
+from amaml.paper.claims import expected_best, interval, share_interval
 from amaml.paper.figures import COLOURS, SCALE_FREE_COLOUR, plain_log_ticks, use_style
 
 LOSSES = (0.5, 0.6, 0.8, 1, 1.5, 2, 3, 4, 6, 8, 12)  # ticks
@@ -63,7 +63,7 @@ def tuning(losses: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
         values = losses[line].dropna().to_numpy()
         label, colour, style = LINES[line]
         draw = partial(band, color=colour, linestyle=style, label=label)
-        draw(profiles, x, [interval(partial(share_below, x=at), values) for at in x])
+        draw(profiles, x, [share_interval(values <= at) for at in x])
         shown = [k for k in TRIALS if k <= max(1, len(values) // 2)]  # of N starts at most half
         draw(trials, shown, [interval(partial(expected_best, k=k), values) for k in shown])
     profiles.axvline(guessing, color="0.6", linestyle=":", linewidth=0.8)

@@ -66,6 +66,7 @@ class Parts(NamedTuple):
                 told[kind] += f" {part.args} {part.keywords}"
             elif is_dataclass(part):
                 told[kind] += f" {part}"
+            told[kind] = re.sub(r" at 0x\w+", "", told[kind])  # of a function: another each time
         if "model" in told:
             digest = hashlib.sha256()
             for key, value in network.state_dict(keep_vars=True).items():

@@ -30,9 +30,8 @@ def test_final_losses_are_capped_and_a_diverged_run_counts_as_the_cap():
     assert losses["h"].tolist() == [3.0, 0.3]
 
 
-def test_the_share_below_and_the_effects_of_pairs_by_hand():
+def test_the_effects_of_pairs_by_hand():
     ours, theirs = np.array([1.0, 2.0, 4.0, 3.0]), np.array([2.0, 2.0, 2.0, 6.0])
-    assert claims.share_below(ours, 2.0) == 0.5  # at most, so 2.0 counts
     assert claims.ends_lower(ours, theirs).tolist() == [1, 0.5, 0, 1]
     assert claims.loss_ratio(ours, theirs) == pytest.approx((0.5 * 1 * 2 * 0.5) ** 0.25)
     assert claims.tail_ratio(ours, theirs) == pytest.approx(1.7)  # 0.5, 0.5, 1, 2 at place 2.7

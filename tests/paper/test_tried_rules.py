@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -29,6 +31,13 @@ def steps_of(normalise, slopes):
         step, memory = normalise(slope * one, memory, t * one)
         steps.append(float(step))
     return steps
+
+
+def test_a_rule_is_told_alike_in_every_process_so_that_its_runs_are_resumed():
+    words = "from amaml.paper.experiments import PARTS; from amaml.runs.parts import Parts;"
+    words += "print(Parts('RMS', **PARTS['RMS']).in_words(None))"
+    told = {subprocess.check_output([sys.executable, "-c", words], text=True) for _ in range(2)}
+    assert len(told) == 1 and "function running" in told.pop()
 
 
 def test_its_parts_put_together_are_the_scale_free_rule():
