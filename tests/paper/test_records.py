@@ -190,6 +190,14 @@ def test_the_front_page_and_the_readme_tell_what_the_records_say():
     told += f"meta-batch of {run['meta_batch_size']} tasks, {run['iterations']} iterations)"
     assert told in index
 
+    table, _ = records.read_records("accuracy", "medium")
+    lines = claims.accuracies(table).reset_index()
+    row = lines[(lines["method"] == "MAML") & (lines["case"] == "published")].iloc[0]
+    told = f"{row['accuracy']:.1f} ± {row['ci95']:.1f} % here (held-out characters, "
+    assert told + f"{row['seeds']} seed, {row['test_tasks']:,.0f} tasks, transductive)" in index
+    only_maml = set(lines["method"]) == {"MAML"}
+    assert ("Alpha MAML has no run of that length on record yet" in index) == only_maml
+
     table, _ = records.read_records("figure_1", "medium")
     run = table[table["method"] == "Alpha MAML"].iloc[0]
     told = f"meta-batch of {run['meta_batch_size']} tasks, {run['iterations']:,} iterations, "
