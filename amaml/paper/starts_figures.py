@@ -74,7 +74,7 @@ def tuning(losses: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
     trials.axhline(guessing, color="0.6", linestyle=":", linewidth=0.8)
     trials.set(xscale="log", yscale="log", xlabel="trials k, each from a random start")
     trials.set(ylabel="expected loss of the best of k")
-    trials.set_xticks(TRIALS, [str(k) for k in TRIALS])
+    trials.set_xticks(shown, [str(k) for k in shown])
     low, high = trials.get_ylim()
     ticks = [tick for tick in LOSSES if low <= tick <= high]
     trials.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
