@@ -171,7 +171,7 @@ def subsample(metrics: pd.DataFrame, max_rows: int) -> pd.DataFrame:
 
 
 def shorten(table: pd.DataFrame) -> pd.DataFrame:
-    """The same numbers in as few digits as tell all float32 numbers apart: half as large a file."""
+    """The same numbers in as few digits as tell float32 numbers apart: a file a third smaller."""
     floats = table.select_dtypes("float")
     return table.assign(**{name: [float(f"{x:.9g}") for x in floats[name]] for name in floats})
 

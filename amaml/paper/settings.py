@@ -153,8 +153,8 @@ TRIED_CONSTANTS: dict[str, Pair] = {
     "additive-bounded": (HYPER_RATE, HYPER_RATE),
 }
 DRAWN_CONSTANTS = (0.1, 10.0)  # of the scale-free rule
-CLIP = 10.0  # of the norm of the meta-gradient, or of the size of each hypergradient
 NARROW_HYPER_RATES = (1e-4, 1e-2)  # as wide, around HYPER_RATE
+CLIP = 10.0  # of the norm of the meta-gradient, or of the size of each hypergradient
 MAIN = ("plain", "null", "h = 0.001", "h = 0.01", "h drawn")  # lines with more starts than others
 SLOW = ("Meta-SGD", "LSLR")  # without the fast passes
 ELSEWHERE = ("plain", "h = 0.001", "h drawn", "null", "scale-free")  # beside the main setting
