@@ -129,13 +129,13 @@ def meta_step(
     theta, alpha, beta, previous, moments = state
     hyper_alpha = as_hyper_rate("hyper_alpha", hyper_alpha, like=alpha)
     hyper_beta = as_hyper_rate("hyper_beta", hyper_beta, like=beta)
-    options: dict = {"inner_steps": inner_steps, "first_order": first_order, "recompute": recompute}
     gradient, d_alpha, metrics = meta_gradient(  # (1), (3) and (4)
-        model, theta, alpha, tasks, loss=loss, **options
-    )
+        model, theta, alpha, tasks,
+        inner_steps=inner_steps, first_order=first_order, recompute=recompute, loss=loss,
+    )  # fmt: skip
     d_beta = -dot(gradient, previous)  # (6)
     direction, moments = descent_direction(gradient, moments)
-    next_alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), alpha: for the next iteration
+    next_alpha = update_rate(alpha, hyper_alpha, d_alpha)  # (9), alpha of the next one
     beta = update_rate(beta, hyper_beta, d_beta)  # (9), beta
     kept = direction
     if "slopes" in moments:  # the scale-free rule, in place of these two

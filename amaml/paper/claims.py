@@ -108,10 +108,10 @@ def share_interval(hits: np.ndarray | pd.Series) -> Interval:
 
 
 def format_interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
-    """A number with its interval, as it stands in a table."""
+    """A number with its interval, as it stands in a table; a line breaks between the two."""
     if np.isnan(low):
         return form.format(value) + " (no interval)"
-    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+    return f"{form.format(value)} ({form.format(low)}\N{NBSP}to\N{NBSP}{form.format(high)})"
 
 
 def format_trials(ours: np.ndarray | pd.Series, theirs: np.ndarray | pd.Series) -> str:

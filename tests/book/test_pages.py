@@ -226,6 +226,11 @@ READ = """() => {
     return copy.textContent;
 }"""
 SOURCE = re.compile(r"\$|\\[a-zA-Z(\[]|\{[a-z:-]+\}|`|:::|\]\(|\*\*")
+CUT_OFF = """() => {
+    document.querySelectorAll('details').forEach(folded => folded.open = true);
+    const code = [...document.querySelectorAll('article pre')];
+    return code.filter(pre => pre.scrollWidth > pre.clientWidth).map(pre => pre.textContent);
+}"""
 TYPESET = "() => MathJax.startup.promise.then(() => true)"
 
 
@@ -241,6 +246,7 @@ def test_page_in_a_browser(page, tab):
     assert tab.locator("mjx-merror").count() == 0
     assert not tab.evaluate("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+    assert not tab.evaluate(CUT_OFF)
 
     tab.add_style_tag(content="* { transition: none !important; }")  # sidebars are gone at once
     tab.set_viewport_size({"width": 390, "height": 844})

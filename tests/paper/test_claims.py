@@ -50,7 +50,7 @@ def test_how_many_trials_a_run_is_worth_by_hand():
     for ours, trials in ((2.5, 1), (2.49, 2), (1.67, 2), (1.66, 3)):  # of four starts at most two
         assert claims.trials_worth(np.array([ours]), theirs) == trials
     assert claims.trials_worth(np.array([[2.5], [1.6]]), theirs[None]).tolist() == [1, 3]
-    assert claims.format_trials(np.full(4, 0.5), theirs) == "over 2 (over 2 to over 2)"
+    assert claims.format_trials(np.full(4, 0.5), theirs) == "over 2 (over 2\N{NBSP}to\N{NBSP}over 2)"
     own = np.random.default_rng(0).lognormal(size=(50, 128))
     assert (claims.trials_worth(own, own) == 1).all()
 
@@ -90,9 +90,9 @@ def test_effects_compare_each_line_over_the_starts_that_both_have():
     losses = pd.DataFrame({"plain": [2.0, 1.0, 3.0], "h": [0.5, 0.5, np.nan]})
     effects = claims.effects(losses)
     assert effects["starts"].to_dict() == {"plain": 3, "h": 2}
-    assert effects.loc["h", "ends lower"] == "1.00 (0.16 to 1.00)"
+    assert effects.loc["h", "ends lower"] == "1.00 (0.16\N{NBSP}to\N{NBSP}1.00)"
     assert effects.loc["plain", "loss ratio"] == ""
-    assert effects.loc["h", "trials"] == "over 1 (over 1 to over 1)"
+    assert effects.loc["h", "trials"] == "over 1 (over 1\N{NBSP}to\N{NBSP}over 1)"
     assert effects.loc["h", "loss ratio"].startswith(f"{math.sqrt(0.125):.2f} ")
 
 
@@ -103,7 +103,7 @@ def test_regions_by_hand():
 
 
 def test_an_interval_is_told_with_its_ends_or_as_missing():
-    assert claims.format_interval(0.5, 0.25, 0.75) == "0.50 (0.25 to 0.75)"
+    assert claims.format_interval(0.5, 0.25, 0.75) == "0.50 (0.25\N{NBSP}to\N{NBSP}0.75)"
     assert claims.format_interval(0.5, math.nan, math.nan) == "0.50 (no interval)"
 
 
