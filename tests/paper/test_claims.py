@@ -50,7 +50,8 @@ def test_how_many_trials_a_run_is_worth_by_hand():
     for ours, trials in ((2.5, 1), (2.49, 2), (1.67, 2), (1.66, 3)):  # of four starts at most two
         assert claims.trials_worth(np.array([ours]), theirs) == trials
     assert claims.trials_worth(np.array([[2.5], [1.6]]), theirs[None]).tolist() == [1, 3]
-    assert claims.format_trials(np.full(4, 0.5), theirs) == "over 2 (over 2\N{NBSP}to\N{NBSP}over 2)"
+    told = claims.format_trials(np.full(4, 0.5), theirs)
+    assert told == "over 2 (over 2\N{NBSP}to\N{NBSP}over 2)"
     own = np.random.default_rng(0).lognormal(size=(50, 128))
     assert (claims.trials_worth(own, own) == 1).all()
 
