@@ -85,7 +85,8 @@ def init_state(
     )
     moments: dict = {}
     if meta_optimizer == "adam":
-        count = torch.zeros_like(rates["beta"])
+        exact = torch.promote_types(rates["beta"].dtype, torch.float32)  # bfloat16 ends at 256
+        count = torch.zeros_like(rates["beta"], dtype=exact)
         moments = {"first": first, "second": second, "count": count}
     if rule == "scale-free":
         moments["slopes"] = {name: torch.zeros_like(rate) for name, rate in rates.items()}
@@ -253,8 +254,8 @@ def descent_direction(gradient: dict[str, Tensor], moments: dict) -> tuple[dict[
     for name, g in gradient.items():
         first[name] = decay_1 * moments["first"][name] + (1 - decay_1) * g
         second[name] = decay_2 * moments["second"][name] + (1 - decay_2) * g * g
-        unbiased_first = first[name] / (1 - decay_1**count)
-        unbiased_second = second[name] / (1 - decay_2**count)
+        unbiased_first = first[name] / (1 - decay_1**count).to(g.dtype)
+        unbiased_second = second[name] / (1 - decay_2**count).to(g.dtype)
         direction[name] = unbiased_first / (unbiased_second.sqrt() + epsilon)
     return direction, moments | {"first": first, "second": second, "count": count}
 

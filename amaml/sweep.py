@@ -110,10 +110,12 @@ def tabulate(run: Run, labels: dict | None = None) -> pd.DataFrame:
     """A run's metrics with its id, labels, config and status in every row.
 
     The config's starting rates are the columns alpha_0 and beta_0; alpha and beta are the rates
-    of each iteration.
+    of each iteration. With a sampler of one's own `data` is "own".
     """
     starts = {"alpha": "alpha_0", "beta": "beta_0"}
     config = {starts.get(name, name): value for name, value in asdict(run.config).items()}
+    if "sampler" in run.parts:
+        config["data"] = "own"
     if config["threshold"] is None:
         config["threshold"] = math.nan  # as it is read back from a table
     columns = {"run": run.id, **(labels or {}), **config, "status": run.status}

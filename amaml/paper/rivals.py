@@ -86,7 +86,8 @@ class LearnedRates:
     def begin(self, state: MetaState, config: RunConfig) -> MetaState:
         """Rates of alpha everywhere: a dict by parameter name, (inner_steps, ...)."""
         assert config.meta_optimizer == "sgd" and not (config.first_order or config.recompute)
-        steps = config.inner_steps
+        steps = config.inner_steps  # to which the rates belong: in a test as well
+        assert not config.test_tasks or steps == config.test_inner_steps == 1
         shapes = {n: p.shape if self.per_element else () for n, p in state.theta.items()}
         rates = {n: state.alpha.expand(steps, *shape).clone() for n, shape in shapes.items()}
         return state._replace(moments={"rates": rates})

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pandas as pd
@@ -84,11 +85,12 @@ def checksum(flat: dict[str, Tensor], text: str) -> str:
 
 
 def flatten(nested: dict) -> dict[str, Tensor]:
-    """{"theta": {"w": x}} as {"theta/w": x}, on the CPU."""
+    """{"theta": {"w": x}} as {"theta/w": x}, on the CPU; a slash within a key is quoted."""
     flat: dict[str, Tensor] = {}
     for key, value in nested.items():
         inner = flatten(value) if isinstance(value, dict) else {"": value.detach().cpu()}
-        flat |= {f"{key}/{path}".rstrip("/"): value.contiguous() for path, value in inner.items()}
+        place = quote(key, safe="")
+        flat |= {f"{place}/{path}".rstrip("/"): value.contiguous() for path, value in inner.items()}
     return flat
 
 
@@ -96,7 +98,7 @@ def unflatten(flat: dict[str, Tensor]) -> dict:
     """The inverse of `flatten`; an empty dict leaves no trace in it."""
     nested: dict = {}
     for path, value in flat.items():
-        *parents, key = path.split("/")
+        *parents, key = map(unquote, path.split("/"))
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})

@@ -82,6 +82,17 @@ def test_adam_takes_the_steps_of_torchs_adam():
     assert relative_error(state.theta, {n: p.detach() for n, p in theta.items()}) < 1e-8
 
 
+def test_adam_counts_on_where_bfloat16_has_no_next_number():
+    model = torch.nn.Linear(2, 1).bfloat16()
+    state = amaml.init_state(model, alpha=0.1, beta=0.01, meta_optimizer="adam")
+    late = state.moments | {"count": state.moments["count"] + 256}
+    x, y = torch.ones(1, 4, 2).bfloat16(), torch.ones(1, 4, 1).bfloat16()
+    tasks = amaml.Tasks(support_x=x, support_y=y, query_x=x, query_y=y)
+    state, _ = amaml.meta_step(model, state._replace(moments=late), tasks, loss=F.mse_loss)
+    assert state.moments["count"] == 257
+    assert {value.dtype for value in state.theta.values()} == {torch.bfloat16}
+
+
 def test_hypergradient_of_beta_under_adam_is_that_of_finite_differences():
     model, (first, second), step = small_model(), batches(2), 1e-7
 

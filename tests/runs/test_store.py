@@ -31,9 +31,10 @@ ABOUT = {"status": "done", "iteration": 2}
 METRICS = pd.DataFrame({"iteration": [1, 2], "query_loss": [0.5, math.inf]})
 
 
-def write(folder: Path, n: int = 2, metrics=METRICS, about=ABOUT) -> Path:
+def write(folder: Path, n: int = 2, metrics=METRICS, about=ABOUT, name="a") -> Path:
     """A small run's file; `n` is the size of its state."""
-    tensors = {"state": {"theta": {"b": torch.arange(float(n)), "a": torch.ones(2)}, "alpha": RATE}}
+    theta = {"b": torch.arange(float(n)), name: torch.ones(2)}
+    tensors = {"state": {"theta": theta, "alpha": RATE}}
     store.write_run(folder, tensors, metrics, about)
     return folder / store.NAME
 
@@ -47,17 +48,21 @@ numbers = st.floats(width=64) | st.sampled_from([math.nan, math.inf, -math.inf, 
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(st.text(), plain), st.lists(numbers, min_size=1))
-def test_whatever_is_written_comes_back_bit_for_bit(about, values):
+@given(
+    st.dictionaries(st.text(), plain),
+    st.lists(numbers, min_size=1),
+    st.sampled_from(["a", "heads.en/fr", "50 %2F"]) | st.text("c/%.é", min_size=1),
+)
+def test_whatever_is_written_comes_back_bit_for_bit(about, values, name):
     about = {f"told {name}": value for name, value in about.items()}
     metrics = pd.DataFrame({"iteration": range(1, len(values) + 1), "query_loss": values})
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), metrics=metrics, about=about)
+        write(Path(folder), metrics=metrics, about=about, name=name)
         tensors, back, told = store.read_run(Path(folder))
     assert json.loads(json.dumps(about)).items() <= told.items()
     assert back.dtypes.tolist() == [np.int64, np.float64] and list(back) == list(metrics)
     assert back.to_numpy().tobytes() == metrics.to_numpy().tobytes()
-    assert list(tensors["state"]["theta"]) == ["b", "a"]  # sums depend on their order
+    assert list(tensors["state"]["theta"]) == ["b", name]  # sums depend on their order
     assert torch.equal(tensors["state"]["theta"]["b"], torch.tensor([0.0, 1.0]))
     assert tensors["state"]["alpha"].dtype == torch.float64
 
