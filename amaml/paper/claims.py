@@ -7,7 +7,6 @@ diverged counts as the cap.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -45,11 +44,13 @@ def expected_best(losses: np.ndarray, k: int | np.ndarray, axis: int = -1) -> np
 
     Dodge et al. (2019), "Show Your Work", drawn without replacement, which leaves it without bias
     (Tang et al. 2020): all k lie above the i-th of N sorted losses with probability
-    (1 - k/N) (1 - k/(N-1)) ... (1 - k/(N-i+1)). Several k are the last axis of what it returns.
+    (1 - k/N) (1 - k/(N-1)) ... (1 - k/(N-i+1)), which also says what lies between whole numbers.
+    Several k are the last axis of what it returns.
     """
     losses = np.sort(np.moveaxis(np.asarray(losses, dtype=float), axis, -1), axis=-1)
     passed_over = 1 - np.expand_dims(k, -1) / np.arange(losses.shape[-1], 0, -1)
     above = np.cumprod(passed_over.clip(0), axis=-1)
+    above[..., -1] = 0  # none lies above the largest
     return losses @ -np.diff(above, prepend=1).T
 
 
@@ -70,11 +71,16 @@ def tail_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarr
 
 
 def trials_worth(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
-    """How many trials of `theirs` one run of `ours` is worth: the least k whose expected best is at
-    most the expected loss of one run; N // 2 + 1, more than N starts can tell, where none is."""
-    goal = np.mean(ours, axis=axis) * (1 + 1e-12)  # one run of a method is worth one of its own
-    best = expected_best(theirs, np.arange(1, np.shape(theirs)[axis] // 2 + 1), axis)
-    return 1.0 + (~(best <= np.expand_dims(goal, -1))).sum(-1)  # the expected best falls with k
+    """How many trials of `theirs` one run of `ours` is worth: the k, also between whole numbers,
+    whose expected best is the expected loss of one run. A run that is worse than one of theirs is
+    worth less than 1; half the starts stands for that many and more."""
+    k = np.geomspace(0.05, np.shape(theirs)[axis] / 2, 300)
+    best = expected_best(theirs, k, axis)  # falls with k
+    goal = np.expand_dims(np.mean(ours, axis=axis), -1)
+    right = (best > goal).sum(-1, keepdims=True).clip(1, len(k) - 1)
+    above, below = (np.take_along_axis(best, place, -1) for place in (right - 1, right))
+    part = ((above - goal) / np.maximum(above - below, 1e-12)).clip(0, 1)
+    return (k[right - 1] ** (1 - part) * k[right] ** part)[..., 0]
 
 
 def interval(statistic: Callable, *losses: np.ndarray | pd.Series) -> Interval:
@@ -107,18 +113,24 @@ def share_interval(hits: np.ndarray | pd.Series) -> Interval:
     return (k / n, float(low), float(high)) if n else (np.nan, np.nan, np.nan)
 
 
-def format_interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
+def format_interval(
+    value: float, low: float, high: float, form: str | Callable[[float], str] = "{:.2f}"
+) -> str:
     """A number with its interval, as it stands in a table; a line breaks between the two."""
+    form = form.format if isinstance(form, str) else form
     if np.isnan(low):
-        return form.format(value) + " (no interval)"
-    return f"{form.format(value)} ({form.format(low)}\N{NBSP}to\N{NBSP}{form.format(high)})"
+        return f"{form(value)} (no interval)"
+    return f"{form(value)} ({form(low)}\N{NBSP}to\N{NBSP}{form(high)})"
 
 
 def format_trials(ours: np.ndarray | pd.Series, theirs: np.ndarray | pd.Series) -> str:
     """`trials_worth` with its interval, as it stands in a table."""
-    most = len(ours) // 2
-    text = format_interval(*interval(trials_worth, ours, theirs), "{:.0f}")
-    return re.sub(rf"\b{most + 1}\b", f"over {most}", text)
+    most = len(ours) / 2
+
+    def form(k: float) -> str:
+        return f"over {most:.0f}" if k > 0.999 * most else f"{k:.1f}" if k < 10 else f"{k:.0f}"
+
+    return format_interval(*interval(trials_worth, ours, theirs), form)
 
 
 def effects(losses: pd.DataFrame, against: str = "plain") -> pd.DataFrame:

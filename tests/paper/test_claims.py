@@ -47,13 +47,16 @@ def test_the_expected_best_is_the_mean_over_all_draws(k):
 
 def test_how_many_trials_a_run_is_worth_by_hand():
     theirs = np.array([1.0, 2.0, 3.0, 4.0])  # best of one 2.5, of two (3 * 1 + 2 * 2 + 3) / 6
-    for ours, trials in ((2.5, 1), (2.49, 2), (1.67, 2), (1.66, 3)):  # of four starts at most two
-        assert claims.trials_worth(np.array([ours]), theirs) == trials
-    assert claims.trials_worth(np.array([[2.5], [1.6]]), theirs[None]).tolist() == [1, 3]
+    # The first of 4, 3, 2 and 1 that is drawn: of 1.5 trials with 3/8, 5/8 * 1/2, ... and the rest
+    between, below = (24 + 2 * 20 + 3 * 15 + 4 * 5) / 64, (24 + 2 * 28 + 3 * 35 + 4 * 105) / 192
+    for ours, trials in ((2.5, 1), (between, 1.5), (5 / 3, 2), (1.0, 2), (below, 0.5)):
+        assert claims.trials_worth(np.array([ours]), theirs) == pytest.approx(trials, rel=1e-3)
+    both = claims.trials_worth(np.array([[2.5], [1.6]]), theirs[None])
+    assert both.tolist() == pytest.approx([1, 2], rel=1e-3)  # of four starts at most two
     told = claims.format_trials(np.full(4, 0.5), theirs)
     assert told == "over 2 (over 2\N{NBSP}to\N{NBSP}over 2)"
     own = np.random.default_rng(0).lognormal(size=(50, 128))
-    assert (claims.trials_worth(own, own) == 1).all()
+    assert claims.trials_worth(own, own) == pytest.approx(1, rel=1e-3)
 
 
 def test_an_interval_covers_as_often_as_it_says_and_is_the_same_each_time():

@@ -177,16 +177,26 @@ def test_the_front_page_and_the_readme_tell_what_the_records_say():
     run, losses = table.iloc[0], claims.final_losses(table, math.log(5))
     losses = losses[losses["h drawn"].notna()]  # those of the chapter's headline
     rates = table[table["meta_optimizer"] == "sgd"].groupby("start")[["alpha_0", "beta_0"]].first()
-    for line, words in (
-        ("h = 0.001", "worth {:.0f} trials of MAML (95 % interval: {:.0f} to {:.0f})"),
-        ("h drawn", "worth {:.0f}."),
+    narrow = losses[rates.loc[losses.index].min(axis=1) >= 0.01]
+    worth, drawn, of_narrow, drawn_narrow = (
+        claims.format_trials(some[line], some["plain"]).replace("\N{NBSP}", " ")
+        for some in (losses, narrow)
+        for line in ("h = 0.001", "h drawn")
+    )
+    for told in (
+        "worth {} trials of MAML (95 % interval: {}".format(*worth.split(" (")),
+        f"it is worth {drawn}. ",
     ):
-        worth = claims.interval(claims.trials_worth, losses[line], losses["plain"])
-        told = words.format(*worth)
         assert told in index and told in readme
-        narrow = losses[rates.loc[losses.index].min(axis=1) >= 0.01]
-        worth, *_ = claims.interval(claims.trials_worth, narrow[line], narrow["plain"])
-        assert f"with no rate below 0.01 it is worth {worth:.0f} with either" in index
+    assert f"below 0.01 it is worth {of_narrow}, and {drawn_narrow} with drawn" in index
+
+    waves, _ = records.read_records("starts_sinusoids", "medium")
+    lost = waves[waves["status"] == "diverged"].groupby("variant")["run"].nunique()
+    n = waves["start"].nunique()
+    told = f"on sinusoids {lost['h = 0.001']} of {n} runs with the same hyper rates diverge"
+    told += f", beside {lost['plain']} of MAML's"
+    assert told in index and told in readme
+
     told = f"from {len(losses)} random starts (Omniglot, {run['n_way']}-way {run['k_shot']}-shot, "
     told += f"meta-batch of {run['meta_batch_size']} tasks, {run['iterations']} iterations)"
     assert told in index
@@ -202,10 +212,13 @@ def test_the_front_page_and_the_readme_tell_what_the_records_say():
     table, _ = records.read_records("figure_1", "medium")
     good = records.final_validation(table).query("case == 'good'")
     good = good.pivot(index="seed", columns="method", values="validation_loss")
-    told = f"at {gmean(good['Alpha MAML'] / good['MAML']):.2f} times MAML's loss"
+    ratio = good["Alpha MAML"] / good["MAML"]
+    told = f"at {gmean(ratio):.2f} times MAML's loss ({ratio.min():.2f} to {ratio.max():.2f} over "
+    told += f"{len(ratio)} seeds)"
     assert told in index and told in readme
     run = table[table["method"] == "Alpha MAML"].iloc[0]
     told = f"meta-batch of {run['meta_batch_size']} tasks, {run['iterations']:,} iterations, "
+    told += "one inner step, "
     assert f"{told}h = {run['hyper_alpha']:g})" in index
     assert f"ranges over {table['seed'].nunique()} seeds" in index
 
