@@ -62,7 +62,8 @@ def tuning(losses: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
     for line in lines:
         values = losses[line].dropna().to_numpy()
         label, colour, style = LINES[line]
-        draw = partial(band, color=colour, linestyle=style, label=label)
+        shade = min(0.15, 0.6 / len(lines))  # many bands lie on each other
+        draw = partial(band, shade=shade, color=colour, linestyle=style, label=label)
         draw(profiles, x, [share_interval(values <= at) for at in x])
         shown = [k for k in TRIALS if k <= max(1, len(values) // 2)]  # of N starts at most half
         draw(trials, shown, [interval(partial(expected_best, k=k), values) for k in shown])
@@ -84,11 +85,11 @@ def tuning(losses: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
     return figure
 
 
-def band(axis: Axes, x, intervals: list[tuple[float, float, float]], **look) -> None:
+def band(axis: Axes, x, intervals: list[tuple[float, float, float]], shade: float, **look) -> None:
     """A line through values with a band between the ends of their intervals."""
     value, low, high = np.transpose(intervals)
     axis.plot(x, value, **look)
-    axis.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.fill_between(x, low, high, color=look["color"], alpha=shade, linewidth=0)
 
 
 def maps(ends: pd.DataFrame, lines: list[str], guessing: float) -> Figure:
