@@ -131,7 +131,8 @@ def train_together(
             locks.enter_context(store.lock(folder))
         for run in running:  # another process may have gone on with it meanwhile
             resume(run, where)
-            run.maker = run.maker if run.read else provenance.environment(where)
+            if not run.read:
+                run.maker = provenance.continued(run.maker, provenance.environment(where))
         for run in runs:
             if progress and run.read:
                 print(f"{run.folder} is finished: read, not made again", flush=True)

@@ -97,7 +97,8 @@ def source(table: pd.DataFrame, figure: str, profile: str, folder: str | Path = 
     made = []
     for batch in read_records(figure, profile, folder)[1]:
         seconds = [batch["runs"][run] for run in table["run"].unique() if run in batch["runs"]]
-        commit = str(batch["commit"])[:10] + ("" if batch["clean"] else " and changes")
+        commit = " and ".join(one[:10] for one in str(batch["commit"]).split())
+        commit += "" if batch["clean"] else " and changes"
         made.append(f"{len(seconds)} runs at commit {commit}, {sum(seconds) / 3600:.1f} h")
     return f"Records: {figure}-{profile}.csv.gz ({'; '.join(made)})."
 

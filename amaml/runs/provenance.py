@@ -34,6 +34,15 @@ def environment(device="cpu") -> dict:
     }
 
 
+def continued(earlier: dict, now: dict) -> dict:
+    """What makes a run that `earlier` began: `now`, with the commits of all that had a part."""
+    if not earlier:
+        return now
+    commits = f"{earlier['commit'] or ''} {now['commit'] or ''}".split()
+    commit = " ".join(dict.fromkeys(commits)) or None
+    return now | {"commit": commit, "clean": earlier["clean"] and now["clean"]}
+
+
 @cache
 def source_commit() -> dict:
     """The commit of the source and whether it is clean; None where git does not track it.

@@ -38,6 +38,18 @@ def test_a_run_logs_each_iteration_and_validates_at_intervals(tmp_path):
     assert {path.name for path in (tmp_path / run.id).iterdir()} == {store.NAME, ".lock"}
 
 
+def test_a_run_names_every_commit_that_had_a_part_in_it(tmp_path):
+    train_together([CONFIG], tmp_path, checkpoint_every=3, deadline=0)
+    folder = tmp_path / CONFIG.id
+    tensors, metrics, about = store.read_run(folder)
+    here = about["maker"]["commit"]
+    about["maker"] |= {"commit": "a b", "clean": False}
+    store.write_run(folder, tensors, metrics, about)
+    run = train(tmp_path)
+    assert run.status == "done" and run.maker["commit"].split() == ["a", "b", here]
+    assert run.maker["clean"] is False and train(tmp_path).maker == run.maker
+
+
 def test_a_run_is_meta_step_after_meta_step(tmp_path):
     run = train(tmp_path)
     split = amaml.split_characters(amaml.load_glyphs())
