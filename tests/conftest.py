@@ -1,7 +1,5 @@
 """Fixtures that several tests ask for."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import sys

@@ -1,7 +1,5 @@
 """What several tests share: small tasks, and an independent computation of everything by hand."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from contextlib import redirect_stdout

@@ -1,7 +1,5 @@
 """What `make` installs and passes on: exact versions, the data's folder, parameters that exist."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

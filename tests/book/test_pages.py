@@ -3,8 +3,6 @@
 What the browser saw is kept in build/screenshots.
 """
 
-from __future__ import annotations
-
 import functools
 import http.server
 import os

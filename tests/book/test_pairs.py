@@ -1,7 +1,5 @@
 """The committed notebooks: each is its .md source, executed, tidy, and saved without a change."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The sinusoids of the chapter on one's own tasks: the chapter's own code, through the module."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

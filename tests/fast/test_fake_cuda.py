@@ -5,8 +5,6 @@ look at a number, which on a GPU would wait for all that is under way. FakeTenso
 torch that was built for it; with any other, tensors on the device "meta" say nearly as much.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest

@@ -1,7 +1,5 @@
 """The written-out passes of OmniglotCNN are those of the plain network."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import relative_error

@@ -1,7 +1,5 @@
 """The shapes in all signatures are true: jaxtyping and beartype check them in true calls."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`amaml.fast` changes no number: with it switched off everything comes out the same."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

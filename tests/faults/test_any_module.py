@@ -5,8 +5,6 @@ predictions; recurrent layers and branches on data under vmap; outputs that are 
 dtypes; frozen running statistics; attention's second derivative.
 """
 
-from __future__ import annotations
-
 import warnings
 from copy import deepcopy
 
@@ -332,8 +330,3 @@ def test_evaluation_without_gradients_gives_the_same_numbers(mode, loss):
         with mode():
             tasks = sampler.sample(4, torch.Generator().manual_seed(0))
             assert amaml.evaluate(model, state, tasks, loss=loss) == pytest.approx(expected)
-
-
-def test_a_compiled_model_is_refused_by_name():
-    with pytest.raises(TypeError, match="torch.compile gave; give the module itself"):
-        amaml.init_state(torch.compile(nn.Linear(4, 3)), ALPHA, BETA)

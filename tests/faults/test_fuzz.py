@@ -4,8 +4,6 @@ Whatever happens to a file, what it held is read, or it is refused by name; neve
 library, and never other numbers. A failure gives the seed and round that make it again.
 """
 
-from __future__ import annotations
-
 import os
 import time
 import warnings

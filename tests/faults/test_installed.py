@@ -5,8 +5,6 @@ of the package; a command that writes into site-packages; a script without a mai
 in hundreds of lines; a device without float64.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

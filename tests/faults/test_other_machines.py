@@ -1,7 +1,5 @@
 """Other people's machines: their caches, zips, folders and kinds of numbers."""
 
-from __future__ import annotations
-
 import codecs
 import multiprocessing
 import os

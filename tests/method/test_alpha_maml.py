@@ -1,7 +1,5 @@
 """Algorithm 2: the step of equation 9, MAML as its special case, Adam, evaluation."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -18,39 +16,6 @@ from helpers import (
 from torch.nn import functional as F
 
 import amaml
-
-
-def test_without_hyper_rates_it_is_maml():
-    model, steps = small_model(), batches(5)
-    state = amaml.init_state(model, alpha=0.3, beta=0.2)
-    theta = leaves(dict(model.named_parameters()))
-    for tasks in steps:
-        state, _ = amaml.meta_step(model, state, tasks)
-        losses = loop_losses(omniglot_forward, theta, 0.3, tasks, fixed=model.meta_only)
-        loss = torch.stack(losses).mean()
-        gradient = torch.autograd.grad(loss, list(theta.values()))
-        theta = leaves({n: p - 0.2 * g for (n, p), g in zip(theta.items(), gradient, strict=True)})
-    assert relative_error(state.theta, theta) < 1e-9
-    assert (state.alpha.item(), state.beta.item()) == (0.3, 0.2)
-
-
-def test_mean_and_sum_over_tasks_differ_by_a_change_of_scale():
-    # With the sum: beta / n, hyper_alpha / n, hyper_beta / n^3 give the same run.
-    n, model = 3, small_model()
-    mean = amaml.init_state(model, alpha=0.3, beta=0.2)
-    alpha, beta, previous = 0.3, 0.2 / n, None
-    theta = dict(mean.theta)
-    for tasks in batches(4, batch=n):
-        mean, _ = amaml.meta_step(model, mean, tasks, hyper_alpha=0.03, hyper_beta=0.02)
-        gradient, d_alpha, _ = amaml.meta_gradient(model, theta, alpha, tasks)
-        total = {name: n * g for name, g in gradient.items()}
-        if previous:
-            dot = sum((total[name] * previous[name]).sum() for name in theta).item()
-            beta = beta + 0.02 / n**3 * dot
-        theta = {name: theta[name] - beta * total[name] for name in theta}
-        alpha, previous = alpha - 0.03 / n * (n * d_alpha.item()), total
-        assert relative_error(mean.theta, theta) < 1e-9
-        assert mean.beta.item() == pytest.approx(n * beta, rel=1e-9)
 
 
 def test_infinite_gradients_leave_rates_alone_that_have_no_hyper_rate():
@@ -143,21 +108,6 @@ def test_evaluation_is_that_of_a_plain_loop_with_95_percent_intervals():
     assert math.isnan(amaml.evaluate(model, state, tasks[0])["query_loss_ci95"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"alpha": math.nan}, "alpha=nan.*finite"),
-        ({"alpha": -0.1}, "alpha=-0.1.*>= 0"),
-        ({"beta": math.inf}, "beta=inf.*finite"),
-        ({"beta": torch.ones(2)}, r"beta must be one number.*\(2,\)"),
-        ({"meta_optimizer": "lion"}, "meta_optimizer='lion'.*sgd, adam"),
-    ],
-)
-def test_wrong_starts_are_refused(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        amaml.init_state(small_model(), **({"alpha": 0.1, "beta": 0.1} | arguments))
-
-
 def scale_free(loss_scale=1.0, iterations=6, alpha=0.3, beta=0.2, hypers=(1.0, 1.0)):
     """The path of a state under the scale-free rule in float64, where the loss has a scale."""
     model = Regression().double()
@@ -217,13 +167,6 @@ def test_the_scale_of_the_loss_does_not_enter_the_scale_free_rule(scale):
 def test_the_scale_free_rule_bounds_a_meta_step_and_leaves_a_rate_without_a_constant_alone():
     (state, _), *_ = scale_free(beta=1e6, iterations=1)
     start = Regression().double().weight
-    assert float((state.theta["weight"] - start).norm() / start.norm()) == pytest.approx(0.1)
+    assert ((state.theta["weight"] - start).norm() / start.norm()).item() == pytest.approx(0.1)
     for state, _ in scale_free(hypers=(0.0, 0.0)):
         assert (float(state.alpha), float(state.beta)) == (0.3, 0.2)
-
-
-def test_the_scale_free_rule_refuses_a_rate_of_zero_and_an_unknown_rule():
-    with pytest.raises(ValueError, match="beta=0: the scale-free rule moves its logarithm"):
-        amaml.init_state(Regression(), 0.1, 0.0, rule="scale-free")
-    with pytest.raises(ValueError, match="rule='free': known are additive, scale-free"):
-        amaml.init_state(Regression(), 0.1, 0.1, rule="free")

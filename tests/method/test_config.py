@@ -1,7 +1,5 @@
 """A run's id stands for exactly one set of numbers; wrong fields are named."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import FrozenInstanceError, asdict, fields
 

@@ -1,7 +1,5 @@
 """Omniglot is read right and verified, from wherever it lies; splits are disjoint."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import io
@@ -91,10 +89,9 @@ def test_the_cache_is_used_and_a_damaged_one_made_again(cache, small_omniglot, m
 
 def test_the_embedded_set_is_cached(cache, monkeypatch):
     first = amaml.load_glyphs()
-    assert len(first) >= 400 and first.images.shape[1:] == (20, 28, 28)
-    assert len({name.partition("/")[0] for name in first.names}) >= 8
     monkeypatch.setattr(glyphs, "draw_glyphs", lambda seed: pytest.fail("drawn again"))
     assert torch.equal(amaml.load_glyphs().images, first.images)
+    assert torch.equal(first[5:7].to("cpu").images, first.images[5:7])
 
 
 def test_download_goes_through_torchvision(
@@ -195,22 +192,3 @@ def test_splits_are_disjoint_complete_and_of_the_right_sizes(n):
             assert image[0, 0, 0] == int(name[-4:]) % 256
     same, other = amaml.split_characters(characters, 3), amaml.split_characters(characters, 4)
     assert same.test.names == split.test.names != other.test.names
-
-
-def test_characters_that_do_not_fit_are_refused(glyphs):
-    with pytest.raises(ValueError, match="4 characters are too few"):
-        amaml.split_characters(glyphs[:4])
-    three = torch.zeros(3, 20, 28, 28, dtype=torch.uint8)
-    for images, names, words in (
-        (three, ["a", "b"], "(3, 20, 28, 28) with 2 different names"),
-        (three, ["a", "b", "b"], "with 2 different names"),
-        (three.float(), ["a", "b", "c"], "not torch.float32"),
-        (three[..., 1:], ["a", "b", "c"], "28, 27"),
-        (three[0], [str(i) for i in range(20)], "(20, 28, 28)"),
-    ):
-        with pytest.raises(ValueError, match="must be a torch.uint8 tensor") as raised:
-            amaml.Characters(images, names)
-        assert words in str(raised.value)
-    with pytest.raises(ValueError, match="device='tpu9'.*'cpu' can"):
-        glyphs.to("tpu9")
-    assert torch.equal(glyphs[5:7].to("cpu").images, glyphs.images[5:7])

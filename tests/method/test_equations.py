@@ -5,8 +5,6 @@ torch's own convolution and normalisation. Everything here is plain `torch.autog
 transforms that the module uses.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import batches, leaves, loop_losses, omniglot_forward, relative_error, small_model
@@ -261,6 +259,7 @@ def test_two_iterations_worked_out_on_paper():
     assert metrics["d_alpha"].item() == pytest.approx(-1.9)
     assert metrics["d_beta"].item() == 0  # no previous gradient yet
     assert metrics["gradient_norm"].item() == pytest.approx(1.71)
+    assert metrics["support_loss"].item() == pytest.approx(0.5)
     assert state.theta["weight"].item() == pytest.approx(1.171)
     assert (state.alpha.item(), state.beta.item()) == pytest.approx((0.119, 0.1))
     state, metrics = amaml.meta_step(model, state, tasks, **arguments)

@@ -1,7 +1,5 @@
 """The drawn set: its form, that its letters can be told apart, and that a seed fixes it."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """OmniglotCNN is the network of the original code."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import relative_error
@@ -100,22 +98,3 @@ def test_initialisation():
     same, other = model(seed=0), model(seed=1)
     assert torch.equal(same.linear.weight, network.linear.weight)
     assert not torch.equal(other.linear.weight, network.linear.weight)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "error", "words"),
-    [
-        ({"n_way": 1}, ValueError, "n_way=1 must be at least 2"),
-        ({"n_way": 2.5}, TypeError, "float"),
-        ({"filters": 0}, ValueError, "filters=0 at least 1"),
-    ],
-)
-def test_wrong_sizes_are_refused(sizes, error, words):
-    with pytest.raises(error, match=words):
-        amaml.OmniglotCNN(**sizes)
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 3, 28, 28), (0, 1, 28, 28)])
-def test_what_is_no_batch_of_images_is_refused(shape):
-    with pytest.raises(ValueError, match=r"not floating-point \(batch, 1, height, width\)"):
-        model()(torch.zeros(shape))

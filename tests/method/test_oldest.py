@@ -4,8 +4,6 @@ To run this test give AMAML_OLDEST_PYTHON: the python of an environment with tha
 numpy, pandas, safetensors and tqdm.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

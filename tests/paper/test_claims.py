@@ -1,7 +1,5 @@
 """The statistics that the paper's claims are held against, on cases worked out by hand."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """Every figure shows each run that diverged, in its colour, where it ended."""
 
-from __future__ import annotations
-
 import math
 
 import matplotlib.pyplot as plt

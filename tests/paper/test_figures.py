@@ -1,7 +1,5 @@
 """Figure 1 of a table by hand, pictures of images and tasks, and where a figure is from."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd

@@ -1,7 +1,5 @@
 """The figures that show counts until a threshold, and the paths of the rates."""
 
-from __future__ import annotations
-
 import math
 
 import matplotlib.pyplot as plt

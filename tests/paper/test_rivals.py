@@ -1,7 +1,5 @@
 """The rivals' steps, each against a computation written out with plain autograd."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import SMALL, batches, leaves, omniglot_forward, relative_error, small_model
@@ -25,21 +23,6 @@ def mean_query_loss(theta, rates, tasks):
             at |= {n: at[n] - of_step[n] * g for n, g in zip(moving, gradient, strict=True)}
         losses.append(F.cross_entropy(omniglot_forward(at, tasks.query_x[i]), tasks.query_y[i]))
     return torch.stack(losses).mean()
-
-
-def test_alpha_maml_with_the_hyper_rates_beta_and_zero_learns_alpha_by_the_meta_optimiser():
-    model = small_model()
-    state = amaml.init_state(model, ALPHA, BETA)
-    theta, alpha = leaves(state.theta), torch.tensor(ALPHA, dtype=torch.float64).requires_grad_()
-    for tasks in batches(3):
-        state, _ = amaml.meta_step(model, state, tasks, hyper_alpha=BETA)
-        loss = mean_query_loss(theta, [dict.fromkeys(theta, alpha)], tasks)
-        *gradient, d_alpha = torch.autograd.grad(loss, [*theta.values(), alpha])
-        theta = leaves({n: p - BETA * g for (n, p), g in zip(theta.items(), gradient, strict=True)})
-        alpha = (alpha - BETA * d_alpha).detach().requires_grad_()
-    assert relative_error(state.theta, theta) < 1e-9
-    assert state.alpha.item() == pytest.approx(alpha.item(), rel=1e-9)
-    assert state.beta.item() == BETA
 
 
 @pytest.mark.parametrize("inner_steps", [1, 2])

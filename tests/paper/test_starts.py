@@ -1,7 +1,5 @@
 """The experiments over random starts: their pictures, and the problem without images."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

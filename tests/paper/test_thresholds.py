@@ -1,7 +1,5 @@
 """Counting iterations until a threshold, against counts by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

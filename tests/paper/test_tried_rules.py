@@ -1,7 +1,5 @@
 """The rules that were tried, each against the core or a computation by hand."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The cluster that the tests of runs share."""
 
-from __future__ import annotations
-
 import pytest
 
 

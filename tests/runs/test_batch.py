@@ -1,8 +1,6 @@
 """Runs side by side: looked at seldom, replayed as a graph or resumed apart, they come out as one
 by one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """A run that diverges is a result: it ends there, is recorded, and disturbs no other."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

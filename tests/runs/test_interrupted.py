@@ -5,8 +5,6 @@ a power cut or an impatient user dies before such a call or after it, or where h
 been written.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

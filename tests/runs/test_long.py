@@ -1,7 +1,5 @@
 """A long run takes no more memory, open files or bytes per row than a short one."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

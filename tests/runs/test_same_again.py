@@ -1,7 +1,5 @@
 """The same again: a config gives the same bits wherever it runs, a record the same pictures."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A run's file is whole or refused by name, on the disk, and written by one process at a time."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Many runs become one table: over workers or in this process, in batches, piece by piece."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pandas as pd
@@ -90,10 +88,3 @@ def test_minutes_that_are_over_leave_checkpoints_to_go_on_from(tmp_path):
     tables = [run_all(configs, tmp_path, minutes=0) for _ in range(6)]
     assert [len(table) for table in tables] == [0, 8, 8, 16, 16, 24]  # four iterations each
     pd.testing.assert_frame_equal(tables[-1], whole, check_exact=True)
-
-
-@pytest.mark.parametrize("minutes", [-1, float("nan")])
-def test_wrong_minutes_are_refused_by_name(tmp_path, minutes):
-    with pytest.raises(ValueError, match=f"minutes={minutes}.*at least 0"):
-        run_all(CONFIGS, tmp_path, minutes=minutes)
-    assert not any(tmp_path.iterdir())

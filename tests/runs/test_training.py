@@ -1,8 +1,6 @@
 """Runs: validated, repeatable, read when they are finished, of one's own parts, ending as they
 should."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
